@@ -1,0 +1,130 @@
+"""From chat messages to token ids and the positions that are trained on.
+
+The model's own chat template decides the text. A conversation is cut where an assistant's answer begins (what the
+template renders with ``add_generation_prompt``) and where it ends, and each part is tokenised by itself: then the
+ids of a prompt are exactly those that the model sees when it is asked, whatever the tokenizer would merge across
+the border. Supervised are the answer's tokens and the end token behind it; nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ideal.errors import BadInput
+
+Message = dict[str, str]
+
+
+class Unusable(Exception):
+    """A row that can't be an example; its text is the reason, short enough to count by."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation: its token ids, which of them are supervised, and its users' words."""
+
+    ids: list[int]
+    supervised: list[bool]
+    prompt: str
+
+
+class ChatEncoder:
+    """Turns messages into examples with one tokenizer's template.
+
+    Raises:
+        BadInput: the tokenizer has no chat template, or one that can't be cut into prompts and answers.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+        if not tokenizer.chat_template:
+            raise BadInput(
+                "model.source",
+                "its tokenizer has no chat template",
+                "use an instruct model, or set model.chat_template to a Jinja file",
+            )
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self._special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        self._special_text = [token for token in map(str, tokenizer.all_special_tokens) if token]
+        self._check_template()
+
+    def encode(self, messages: list[Message]) -> Example:
+        """Token ids and mask of a conversation.
+
+        Args:
+            messages: ``{"role", "content"}`` each; roles system, user, assistant.
+
+        Raises:
+            Unusable: empty, malformed, too long, or without anything to learn.
+        """
+        _check(messages, self._special_text)
+        ids: list[int] = []
+        supervised: list[bool] = []
+        done = ""
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._render(messages[:turn], ask=True)
+            answered = self._render(messages[: turn + 1])
+            if not (prompt.startswith(done) and answered.startswith(prompt)):
+                raise Unusable("the chat template rewrites earlier turns")
+            before, answer = self._ids(prompt[len(done) :]), self._ids(answered[len(prompt) :])
+            end = self._end(answer)
+            ids += before + answer
+            supervised += [False] * len(before) + [i <= end for i in range(len(answer))]
+            done = answered
+        if len(ids) > self.max_tokens:
+            raise Unusable(f"longer than max_tokens ({self.max_tokens})")
+        if not any(supervised[1:]):
+            raise Unusable("no supervised token")
+        return Example(ids, supervised, "\n".join(m["content"] for m in messages if m["role"] == "user"))
+
+    def _render(self, messages: list[Message], ask: bool = False) -> str:
+        text: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        return str(text)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _end(self, answer: list[int]) -> int:
+        """Position of the end token: the first special token behind the answer."""
+        return next((i for i, token in enumerate(answer) if token in self._special), len(answer) - 1)
+
+    def _check_template(self) -> None:
+        question: list[Message] = [{"role": "user", "content": "Are you there?"}]
+        answer: list[Message] = [{"role": "assistant", "content": "Yes."}]
+        try:
+            prompt, answered = self._render(question, ask=True), self._render(question + answer)
+        except Exception as error:  # Jinja raises whatever the template's author chose
+            raise BadInput("model.source", f"its chat template fails: {error}", "mend the template") from None
+        tail = self._ids(answered[len(prompt) :])
+        if not answered.startswith(prompt):
+            raise BadInput(
+                "model.source",
+                "its chat template's prompt is no prefix of the answered conversation",
+                "set model.chat_template to a template without added thoughts",
+            )
+        if not any(token in self._special for token in tail):
+            raise BadInput(
+                "model.source",
+                "its chat template ends an answer without an end token, so the model would never learn to stop",
+                "set model.chat_template to a template that writes the end token",
+            )
+
+
+def _check(messages: list[Message], special: list[str]) -> None:
+    if not messages:
+        raise Unusable("empty")
+    for message in messages:
+        content = message.get("content")
+        if message.get("role") not in ("system", "user", "assistant") or not isinstance(content, str):
+            raise Unusable("malformed")
+        if not content.strip() and message["role"] != "system":
+            raise Unusable("empty")
+        if any(token in content for token in special):
+            raise Unusable("contains the template's own special tokens")
+    if not any(m["role"] == "assistant" for m in messages):
+        raise Unusable("no supervised token")

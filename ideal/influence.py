@@ -1,0 +1,135 @@
+"""The influence of every domain on every reference set, with intervals.
+
+    a_jr = g_rᵀ (H + λ)⁻¹ ḡ_j        ḡ_j, g_r: mean gradients per supervised token; H: the mixture's curvature
+
+Positive: training more on domain j lowers the loss on reference set r. It is summed over tracked layers.
+
+Every set is split into B blocks whose gradients are kept as sums with their token counts. All that leaves a layer is
+the table of products between blocks, ⟨G_rc, (H + λ)⁻¹ G_jb⟩: the influence, its value on any part of the sets, and
+its bootstrap over blocks are sums over that small table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.numpy import load_file, save_file
+
+from ideal.batches import length
+from ideal.curvature.accumulate import Block
+from ideal.curvature.kfac import Eigen
+from ideal.examples import ExampleSet
+from ideal.mixture import seeded
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class InfluenceTable:
+    """Products between blocks; M domains, R reference sets, B blocks each, L layers.
+
+    Attributes:
+        products: [L, M, B, R, B] ⟨G_rc, (H + λ)⁻¹ G_jb⟩ of gradient sums.
+        domain_tokens: [M, B] supervised tokens of each domain block.
+        reference_tokens: [R, B] the same of each reference block.
+        reference_loss: [R] mean loss per supervised token, nats.
+    """
+
+    products: Array
+    domain_tokens: Array
+    reference_tokens: Array
+    reference_loss: Array
+
+    def matrix(self) -> Array:
+        """[M, R] a_jr."""
+        return np.asarray(self.by_layer().sum(0))
+
+    def by_layer(self) -> Array:
+        """[L, M, R] each layer's part of a_jr."""
+        counts = np.outer(self.domain_tokens.sum(1), self.reference_tokens.sum(1))
+        return np.asarray(self.products.sum((2, 4)) / counts)
+
+    def resampled(self, resamples: int, seed: int) -> Array:
+        """[S, M, R] a_jr on bootstrap resamples: every set's blocks, drawn with replacement."""
+        products = self.products.sum(0)
+        m, b, r, _ = products.shape
+        random = seeded(seed, "bootstrap")
+        domain = random.multinomial(b, np.full(b, 1 / b), size=(resamples, m)).astype(float)
+        reference = random.multinomial(b, np.full(b, 1 / b), size=(resamples, r)).astype(float)
+        total = np.einsum("smb,mbrc,src->smr", domain, products, reference, optimize=True)
+        tokens = np.einsum("smb,mb->sm", domain, self.domain_tokens)
+        reference_tokens = np.einsum("src,rc->sr", reference, self.reference_tokens)
+        return np.asarray(total / tokens[:, :, None] / reference_tokens[:, None, :])
+
+    def objective(self, matrix: Array, kind: str) -> Array:
+        """[..., M] a_j on the objective: the mean over reference sets (`macro`) or over their tokens (`micro`)."""
+        tokens = self.reference_tokens.sum(1)
+        weights = tokens / tokens.sum() if kind == "micro" else np.full(len(tokens), 1 / len(tokens))
+        return np.asarray(matrix @ weights)
+
+    def objective_loss(self, kind: str) -> float:
+        """The loss that is minimised, nats per token."""
+        return float(self.objective(self.reference_loss[None, :], kind)[0])
+
+    def save(self, path: Path) -> None:
+        save_file(
+            {name: np.ascontiguousarray(value) for name, value in vars(self).items()},
+            path,
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> InfluenceTable:
+        return cls(**load_file(path))
+
+
+def split(name: str, examples: ExampleSet, indices: Sequence[int], blocks: int, weight: float) -> list[Block]:
+    """A set's sample in B blocks of nearly equal numbers of examples.
+
+    Args:
+        indices: the sample; neighbours go to different blocks.
+        weight: w_j of a domain, its share of the mixture's supervised tokens; 0 for a reference set.
+    """
+    items = [examples[int(i)] for i in indices]
+    tokens = sum(int(supervised[1:].sum()) for _, supervised in items)
+    return [
+        Block(name, b, items[b::blocks], [int(i) for i in indices[b::blocks]], weight / tokens) for b in range(blocks)
+    ]
+
+
+def shard(blocks: Sequence[Block], shards: int) -> list[list[int]]:
+    """Blocks (by position) for each shard, nearly equal in tokens; the largest first, to the emptiest shard."""
+    sizes = [sum(length(item) for item in block.items) for block in blocks]
+    parts: list[list[int]] = [[] for _ in range(shards)]
+    loads = [0] * shards
+    for index in sorted(range(len(blocks)), key=lambda i: (-sizes[i], i)):
+        lightest = loads.index(min(loads))
+        parts[lightest].append(index)
+        loads[lightest] += sizes[index]
+    return [sorted(part) for part in parts]
+
+
+def layer_products(
+    eigen: Eigen | None,
+    domain_blocks: int,
+    reference_blocks: int,
+    gradient: Callable[[str, int], torch.Tensor],
+) -> Array:
+    """[domain blocks, reference blocks] products of one layer.
+
+    Args:
+        eigen: the layer's curvature; None gives plain products (solver `identity`).
+        gradient: (`domain` or `reference`, number of the block) → [d_out, d_in] gradient sum.
+    """
+
+    def whitened(side: str, number: int) -> torch.Tensor:
+        g = gradient(side, number)
+        return (eigen.rotate(g) / eigen.curvature.sqrt() if eigen else g).flatten()
+
+    references = torch.stack([whitened("reference", c) for c in range(reference_blocks)])
+    rows = [references @ whitened("domain", b) for b in range(domain_blocks)]
+    return np.asarray(torch.stack(rows).double().cpu().numpy())

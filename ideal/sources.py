@@ -1,0 +1,193 @@
+"""Rows from where they are kept (local files, a hub dataset, procedural tasks) as chat messages.
+
+Every row remembers where it stood, so that a faulty one is reported with its file and line.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ideal.chat import Message, Unusable
+from ideal.config import Source
+from ideal.errors import BadInput
+
+REQUIRED = {"chat": ["messages"], "prompt": ["prompt", "completion"], "instruction": ["instruction", "output"]}
+
+Row = tuple[str, dict[str, Any] | None]
+"""Where it stands (``file:line``), and its columns; None where the line can't be parsed."""
+
+
+def rows(source: Source, where: str) -> Iterator[Row]:
+    """All rows of a source, in order; ``source.size`` and ``source.rows`` limit them.
+
+    Raises:
+        BadInput: a missing or unreadable file, an unknown task or dataset, no network for a hub dataset.
+    """
+    found = (
+        _made(source, where) if source.reasoning_gym else _hub(source, where) if source.hub else _local(source, where)
+    )
+    limit = None if source.reasoning_gym else source.size
+    for number, row in enumerate(found):
+        if limit is not None and number >= limit:
+            return
+        yield row
+
+
+def messages(row: dict[str, Any] | None, source: Source, where: str) -> list[Message]:
+    """A row as chat messages.
+
+    Raises:
+        Unusable: the row isn't what the format needs.
+        BadInput: the columns fit no format, and the config doesn't say which to take.
+    """
+    if row is None:
+        raise Unusable("malformed")
+    form = source.format if source.format != "auto" else _detect(row, source, where)
+    value = {name: _pick(row, source.fields.get(name, name)) for name in [*REQUIRED[form], "input", "system"]}
+    if any(value[name] is None for name in REQUIRED[form]):
+        raise Unusable("malformed")
+    system = value["system"] if isinstance(value["system"], str) else source.system
+    start: list[Message] = [{"role": "system", "content": system}] if system else []
+    if form == "chat":
+        turns = value["messages"]
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise Unusable("malformed")
+        has_system = bool(turns) and turns[0].get("role") == "system"
+        return ([] if has_system else start) + [
+            {"role": t.get("role", ""), "content": t.get("content")}
+            for t in turns  # type: ignore[misc]
+        ]
+    if form == "prompt":
+        question, answer = value["prompt"], value["completion"]
+    else:
+        question, answer = value["instruction"], value["output"]
+        if isinstance(question, str) and isinstance(value["input"], str) and value["input"].strip():
+            question = f"{question}\n\n{value['input']}"
+    return [*start, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def files_of(source: Source, where: str) -> list[Path]:
+    """The local files of a source, globs resolved, sorted.
+
+    Raises:
+        BadInput: a path names nothing, or a kind of file that isn't read.
+    """
+    found: list[Path] = []
+    for pattern in source.files or []:
+        hits = sorted(Path(hit) for hit in glob.glob(pattern, recursive=True))
+        if not hits:
+            raise BadInput(f"{where}.files", f"no such file: {pattern}", "check the path; it is relative to the config")
+        found += hits
+    for path in found:
+        if path.suffix not in (".jsonl", ".json", ".parquet"):
+            raise BadInput(f"{where}.files", f"{path} is neither .jsonl, .json nor .parquet", "convert it")
+    return found
+
+
+def _local(source: Source, where: str) -> Iterator[Row]:
+    start, stop = source.rows or (0, None)
+    for path in files_of(source, where):
+        try:
+            for number, row in enumerate(_parse(path, source, where)):
+                if number >= start and (stop is None or number < stop):
+                    yield f"{path}:{number + 1}", row if isinstance(row, dict) else None
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(str(path), f"can't be read ({error})", "check the file") from None
+
+
+def _parse(path: Path, source: Source, where: str) -> Iterator[Any]:
+    if path.suffix == ".jsonl":
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                try:
+                    yield json.loads(line) if line.strip() else None
+                except (ValueError, RecursionError):
+                    yield None
+    elif path.suffix == ".json":
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise BadInput(str(path), f"is not JSON: {error}", "mend the file") from None
+        found = _pick(tree, source.records) if source.records else tree
+        if not isinstance(found, list):
+            lists = [k for k, v in tree.items() if isinstance(v, list)] if isinstance(tree, dict) else []
+            raise BadInput(
+                str(path),
+                "holds no list of rows" + (f" at {source.records!r}" if source.records else ""),
+                f"set {where}.records to one of: {', '.join(lists)}" if lists else "make it a list of objects",
+            )
+        yield from found
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            for batch in pq.ParquetFile(path).iter_batches():
+                yield from batch.to_pylist()
+        except pa.ArrowInvalid as error:
+            raise BadInput(str(path), f"is not a Parquet file: {error}", "check the file") from None
+
+
+def _hub(source: Source, where: str) -> Iterator[Row]:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(source.hub, source.subset, split=source.split, streaming=source.size is not None)
+        start, stop = source.rows or (0, None)
+        for number, row in enumerate(data):
+            if number >= start and (stop is None or number < stop):
+                yield f"{source.hub}[{source.split}]:{number + 1}", dict(row)
+    except BadInput:
+        raise
+    except Exception as error:  # the hub client raises a dozen kinds, all of them final here
+        raise BadInput(
+            f"{where}.hub",
+            f"{source.hub} can't be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            "check its name, subset and split, the network, and `hf auth login` for a gated one",
+        ) from None
+
+
+def _made(source: Source, where: str) -> Iterator[Row]:
+    import reasoning_gym
+
+    try:
+        made = reasoning_gym.create_dataset(source.reasoning_gym, size=source.size, seed=source.seed, **source.options)
+    except (
+        Exception
+    ) as error:  # an unknown name is a ValueError, an unknown option a TypeError, a bad one an AssertionError
+        raise BadInput(f"{where}.reasoning_gym", str(error) or "bad options", "see reasoning-gym's gallery") from None
+    for number, entry in enumerate(made):
+        yield (
+            f"{source.reasoning_gym}[{source.seed}]:{number + 1}",
+            {
+                "prompt": entry["question"],
+                "completion": str(entry["answer"]),
+            },
+        )
+
+
+def _detect(row: dict[str, Any], source: Source, where: str) -> str:
+    for form, needed in REQUIRED.items():
+        if all(_pick(row, source.fields.get(name, name)) is not None for name in needed):
+            return form
+    raise BadInput(
+        f"{where}.fields",
+        f"columns {', '.join(map(str, row))} fit none of chat, prompt, instruction",
+        "map them, e.g. fields: {prompt: question, completion: answer}",
+    )
+
+
+def _pick(tree: Any, path: str) -> Any:
+    """What stands at a dotted path; None where nothing does."""
+    for part in path.split("."):
+        if isinstance(tree, dict):
+            tree = tree.get(part)
+        elif isinstance(tree, list) and part.isdigit() and int(part) < len(tree):
+            tree = tree[int(part)]
+        else:
+            return None
+    return tree

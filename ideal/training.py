@@ -1,0 +1,235 @@
+"""Supervised fine-tuning of θ₀ on one mixture: the loop that each worker runs.
+
+A step's loss is the mean over **all** supervised tokens of the global batch, whatever the number of workers and
+micro-batches: every worker sums its tokens' losses, gradients are summed over workers in fp32, and one division by
+the batch's token count follows. Every worker knows the whole order of the data, so that count costs no message.
+
+Forward and backward run in ``precision``; master weights, gradient sums and AdamW's moments are fp32, each one flat
+vector for all parameters. That makes the sum over workers, the norm for clipping and the step one operation each,
+lets workers differ in their number of micro-batches, and never adds up gradients in bf16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ideal.batches import batches, length
+from ideal.config import SftConfig
+from ideal.examples import ExampleSet
+from ideal.mixture import data_order
+from ideal.model import DTYPES, load_model, summed_loss, supervised_logits
+
+Pick = tuple[int, int]
+"""An example of the mixture: (number of its domain, index in that domain's pool)."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step, the same for all workers."""
+
+    number: int
+    """From 0."""
+    picks: list[int]
+    """Positions in the mixture: the global batch."""
+    rate: float
+    """Learning rate."""
+
+
+@dataclass(frozen=True)
+class Log:
+    """What a step did."""
+
+    step: int
+    loss: float
+    """Mean over the global batch's supervised tokens, nats."""
+    norm: float
+    """Gradient norm before clipping."""
+    tokens: int
+    """Input tokens of the global batch, without padding."""
+
+
+def plan(entries: int, config: SftConfig, seed: int) -> list[Step]:
+    """All steps of a run over a mixture of ``entries`` examples."""
+    order = data_order(entries, config.epochs, seed)
+    total = math.ceil(len(order) / config.batch_examples)
+    return [
+        Step(
+            n,
+            order[n * config.batch_examples : (n + 1) * config.batch_examples].tolist(),
+            config.learning_rate * schedule(n, total, config),
+        )
+        for n in range(total)
+    ]
+
+
+def schedule(step: int, total: int, config: SftConfig) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then decay to ``final_rate``."""
+    warm = max(1, round(config.warmup * total))
+    if step < warm:
+        return (step + 1) / warm
+    if config.decay == "constant":
+        return 1.0
+    done = (step - warm + 1) / max(1, total - warm)
+    shape = (1 + math.cos(math.pi * done)) / 2 if config.decay == "cosine" else 1 - done
+    return config.final_rate + (1 - config.final_rate) * shape
+
+
+class Trainer:
+    """The model, its fp32 master copy and AdamW, on one worker.
+
+    Args:
+        folder: θ₀ in the transformers format.
+        batch_tokens: padded tokens in a micro-batch.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: SftConfig,
+        device: torch.device,
+        batch_tokens: int,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        self.config, self.device, self.batch_tokens = config, device, batch_tokens
+        self.model = load_model(folder, torch.float32, device)
+        self.model.train()
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()  # type: ignore[operator]
+        self.matrices = Flat([p for p in self.model.parameters() if p.ndim >= 2])
+        self.vectors = Flat([p for p in self.model.parameters() if p.ndim < 2])
+        self.model.to(DTYPES[config.precision])
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [self.matrices.master], "weight_decay": config.weight_decay},
+                {"params": [self.vectors.master], "weight_decay": 0.0},
+            ],
+            betas=(config.beta1, config.beta2),
+            fused=True,
+        )
+        self.next_step = 0
+
+    def step(self, step: Step, pools: list[ExampleSet], picks: list[Pick]) -> Log:
+        """Run one optimiser step; every worker calls it with the same arguments.
+
+        Args:
+            pools: each domain's training examples.
+            picks: the whole mixture.
+        """
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        items = [pools[domain][index] for domain, index in (picks[position] for position in step.picks)]
+        items.sort(key=length)
+        targets = sum(int(supervised[1:].sum()) for _, supervised in items)
+        summed = torch.zeros((), device=self.device)
+        for _, batch in batches(items[rank::world], self.batch_tokens):
+            moved = batch.to(self.device)
+            loss = summed_loss(supervised_logits(self.model, moved), moved)
+            loss.backward()
+            summed += loss.detach()
+        gradients = [self.matrices.gradient, self.vectors.gradient]
+        if world > 1:
+            for tensor in [*gradients, summed]:
+                dist.all_reduce(tensor)
+        for gradient in gradients:
+            gradient /= targets
+        norm = nn.utils.clip_grad_norm_([self.matrices.master, self.vectors.master], self.config.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = step.rate
+        self.optimizer.step()
+        for flat in (self.matrices, self.vectors):
+            flat.gradient.zero_()
+            flat.write_back()
+        self.next_step = step.number + 1
+        return Log(step.number, float(summed) / targets, float(norm), sum(length(item) for item in items))
+
+    def save_state(self, folder: Path) -> None:
+        """What a retried run needs to go on after the last step, as safetensors."""
+        tensors = {"next_step": torch.tensor(self.next_step)}
+        for name, flat in (("matrices", self.matrices), ("vectors", self.vectors)):
+            tensors[name] = flat.master.detach()
+            tensors |= {f"{name}.{key}": value for key, value in self.optimizer.state[flat.master].items()}
+        save_file(tensors, folder / "state.safetensors")
+
+    def load_state(self, folder: Path) -> None:
+        state = load_file(folder / "state.safetensors", device=str(self.device))
+        for name, flat in (("matrices", self.matrices), ("vectors", self.vectors)):
+            flat.master.data.copy_(state[name])
+            flat.write_back()
+            prefix = f"{name}."
+            self.optimizer.state[flat.master] = {
+                key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+            }
+        self.next_step = int(state["next_step"])
+
+    def save_model(self, folder: Path) -> None:
+        """The trained model in the transformers format, in the run's precision."""
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+
+
+class Flat:
+    """Parameters as one fp32 vector: the master weights, and the sum of gradients.
+
+    Backward's gradients are added to the sum as soon as they are made, and freed.
+
+    Attributes:
+        master: [n] fp32 weights.
+        gradient: [n] fp32, ``master.grad``.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.master = nn.Parameter(torch.cat([p.detach().flatten().float() for p in parameters]))
+        self.gradient = self.master.grad = torch.zeros_like(self.master)
+        sizes = [p.numel() for p in parameters]
+        self._places = list(zip(parameters, self.master.detach().split(sizes), strict=True))
+        for parameter, place in zip(parameters, self.gradient.split(sizes), strict=True):
+            parameter.register_post_accumulate_grad_hook(_add_to(place.view_as(parameter)))
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Round the master weights to the model's own precision."""
+        for parameter, place in self._places:
+            parameter.copy_(place.view_as(parameter))
+
+
+def _add_to(place: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    def add(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        place.add_(parameter.grad)
+        parameter.grad = None
+
+    return add
+
+
+def train(
+    trainer: Trainer,
+    pools: list[ExampleSet],
+    picks: list[Pick],
+    seed: int,
+) -> Iterator[Log]:
+    """The remaining steps of a run, one at a time.
+
+    Args:
+        pools: each domain's training examples.
+        picks: the mixture.
+        seed: of the data order.
+    """
+    for step in plan(len(picks), trainer.config, seed)[trainer.next_step :]:
+        yield trainer.step(step, pools, picks)
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, examples: ExampleSet, device: torch.device, batch_tokens: int) -> tuple[float, int]:
+    """A set's mean loss per supervised token in nats, and how many tokens that is."""
+    total, count = 0.0, 0
+    for _, batch in batches(list(examples), batch_tokens):
+        moved = batch.to(device)
+        total += float(summed_loss(supervised_logits(model, moved), moved))
+        count += int((moved.targets >= 0).sum())
+    return total / count, count

@@ -1,0 +1,148 @@
+"""``--dry-run``: everything that can be known of a run without starting it.
+
+What is wrong is an error. What only another machine can tell (a hub dataset without a network, GPUs that aren't
+here) is listed, so that a run meant for a cluster can be checked on a laptop.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from ideal.benchmarks import tasks
+from ideal.chat import ChatEncoder, Unusable
+from ideal.config import Config, Source
+from ideal.domains import prepare, starting_volumes
+from ideal.errors import BadInput
+from ideal.model import load_tokenizer, local_folder, read_template, shapes, smollm2_tokenizer
+from ideal.sources import files_of, messages, rows
+from service import cluster
+from service.plan import GIB, Plan, plan
+
+PEEK = 50
+"""Rows of a hub dataset that are looked at."""
+
+
+def dry_run(config: Config, console: Console) -> None:
+    """Check a config and print its plan.
+
+    Raises:
+        BadInput: the first thing that doesn't hold.
+    """
+    elsewhere: list[str] = []
+    tasks.check(config.benchmarks, allow_code_execution=config.allow_code_execution)
+    console.print(f"✓ {len(config.benchmarks)} benchmarks: {', '.join(b.name for b in config.benchmarks)}")
+    tokenizer = _tokenizer(config)
+    if tokenizer is None:
+        elsewhere.append(f"model.source: {config.model.source} needs the hub, which doesn't answer here")
+    encoder = ChatEncoder(tokenizer, config.model.max_tokens) if tokenizer else None
+    if encoder:
+        console.print("✓ chat template")
+    _check_domains(config, encoder, console, elsewhere)
+    try:
+        machine = cluster.connect(config) if config.resources.address else cluster.local(config)
+        console.print(f"✓ {machine.describe()}")
+    except BadInput as problem:
+        if problem.where != "resources.gpus":
+            raise
+        elsewhere.append(str(problem).splitlines()[0])
+        wanted = config.resources.gpus or 0
+        machine = cluster.share(wanted * 8, wanted, 1, config.resources)
+    known = shapes(config.model)
+    if known is not None:
+        _print_plan(plan(config, known, machine), config, machine, console)
+    _print_stages(config, console)
+    for line in elsewhere:
+        console.print(f"[yellow]not here[/] {line}", soft_wrap=True)
+    console.print("This machine can't start it; one that has the above can." if elsewhere else "Ready to run.")
+
+
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer with the template that will be used; None where only the hub has it."""
+    if config.model.source == "smollm2":
+        tokenizer = smollm2_tokenizer()
+    else:
+        folder = local_folder(config.model)
+        try:
+            tokenizer = load_tokenizer(folder or Path(config.model.source))
+        except BadInput:
+            if folder:
+                raise
+            return None
+    template = read_template(config.model)
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def _check_domains(config: Config, encoder: ChatEncoder | None, console: Console, elsewhere: list[str]) -> None:
+    """All rows of sources on this machine; the first rows of a hub's, if it answers."""
+    sources = list(_sources(config))
+    remote = [(where, source) for where, source in sources if source.hub]
+    for where, source in remote:
+        try:
+            peek = source.model_copy(update={"size": PEEK})
+            for place, row in rows(peek, where):
+                _try(encoder, row, source, where, place)
+        except BadInput as problem:
+            if not problem.where.endswith(".hub"):
+                raise
+            elsewhere.append(f"{where}: {source.hub} can't be had")
+    for where, source in sources:
+        files_of(source, where)
+    if remote or encoder is None:
+        console.print(f"✓ {len(sources) - len(remote)} local sources")
+        return
+    domains = prepare(config, encoder, [])
+    found = {d.name: {"pool": len(d.train), "reference": len(d.reference), "account": d.account} for d in domains}
+    for name, volume in starting_volumes(config, found).items():
+        rejected = sum(sum(part["rejected"].values()) for part in found[name]["account"].values())  # type: ignore[attr-defined]
+        console.print(
+            f"✓ {name}: {volume} of {found[name]['pool']} examples, {found[name]['reference']} reference, "
+            f"{rejected} rows rejected"
+        )
+
+
+def _try(encoder: ChatEncoder | None, row: dict[str, object] | None, source: Source, where: str, place: str) -> None:
+    try:
+        made = messages(row, source, where)
+        if encoder:
+            encoder.encode(made)
+    except Unusable:
+        return
+
+
+def _sources(config: Config) -> Iterator[tuple[str, Source]]:
+    for domain in config.domains:
+        yield f"domains.{domain.name}.train", domain.train
+        yield f"domains.{domain.name}.reference", domain.reference
+
+
+def _print_plan(found: Plan, config: Config, machine: cluster.Cluster, console: Console) -> None:
+    console.print(
+        f"✓ memory: SFT {found.sft / GIB:.1f} GiB × {machine.sft_workers}, influence {found.influence / GIB:.1f} GiB × "
+        f"{machine.influence_workers} in {found.layer_blocks} layer blocks, of {found.available / GIB:.1f} GiB each"
+    )
+    folder = config.root
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    needed = found.checkpoints + found.scratch
+    if needed > free:
+        raise BadInput(
+            "storage",
+            f"{config.root} has {free / GIB:.1f} GiB free, the run needs {needed / GIB:.1f} GiB "
+            f"({found.scratch / GIB:.1f} for influence scratch)",
+            "free some space, set storage elsewhere, lower influence.blocks or track fewer layers",
+        )
+    console.print(f"✓ disk: {needed / GIB:.1f} GiB of {free / GIB:.1f} GiB free in {config.root}", soft_wrap=True)
+
+
+def _print_stages(config: Config, console: Console) -> None:
+    for number in range(config.equilibrium.iterations + 1):
+        last = number == config.equilibrium.iterations
+        console.print(f"  D{number}: SFT → reference loss → {'' if last else 'influence, '}benchmarks")

@@ -1,0 +1,88 @@
+"""The ``ideal`` command. Exit status: 0 done, 2 bad input, 1 failed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ideal import config as configs
+from ideal.errors import BadInput
+from service.failures import StageFailed
+from service.quiet import quieten
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Finds the right mixture of fine-tuning data.",
+    pretty_exceptions_enable=False,
+)
+ConfigPath = Annotated[Path, typer.Argument(help="A YAML config; jobs/configs/ has some.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a field: a.b=c. May be given again.", show_default=False)
+]
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    set_: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
+    ] = False,
+) -> None:
+    """Optimise a mixture: D0, and as many updates of it as the config asks for."""
+    from service import check
+    from service import run as runs
+
+    loaded = configs.load(config, set_)
+    if dry_run:
+        check.dry_run(loaded, Console())
+    else:
+        runs.run(loaded, Console())
+
+
+@app.command()
+def sync(config: ConfigPath, set_: Overrides = None) -> None:
+    """Write to MLflow what it missed of a run while it couldn't be reached."""
+    from service import run as runs
+
+    if not runs.sync(configs.load(config, set_), Console()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what this machine has, and what would go wrong, each with its remedy."""
+    from service.doctor import examine
+
+    if not examine(Console()):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """The console script's entry."""
+    sys.exit(guarded(sys.argv[1:]))
+
+
+def guarded(arguments: list[str]) -> int:
+    """Run a command; every failure is one message and an exit status."""
+    quieten()
+    error = Console(stderr=True, highlight=False)
+    try:
+        app(arguments)
+    except BadInput as problem:
+        error.print(f"[red]error[/] {problem}", markup=True)
+        return 2
+    except StageFailed as failure:
+        error.print(f"[red]failed[/] {failure}", markup=True)
+        return 1
+    except KeyboardInterrupt:
+        error.print("stopped; the same command goes on from the last finished stage")
+        return 130
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0

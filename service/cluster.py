@@ -1,0 +1,183 @@
+"""What the cluster has, what each stage takes of it, and a wait for it that ends and says why.
+
+Without an address, a Ray of its own is started on this machine and ends with the run. Threads add up to the CPUs:
+two processes that each use all cores slow each other tenfold.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ideal.config import Config, ResourcesConfig
+from ideal.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Ray's resources, and how the stages share them.
+
+    Attributes:
+        sft_workers: data-parallel training workers, each with one GPU or ``sft_cpus`` CPUs.
+        influence_workers: actors, each with one GPU or one CPU.
+        benchmark_gpus: GPUs of the benchmark engine; 0 on CPU.
+    """
+
+    cpus: int
+    gpus: int
+    nodes: int
+    sft_workers: int
+    sft_cpus: int
+    influence_workers: int
+
+    @property
+    def benchmark_gpus(self) -> int:
+        return 1 if self.gpus else 0
+
+    @property
+    def together(self) -> bool:
+        """Whether influence and benchmarks fit beside each other."""
+        if self.gpus:
+            return self.gpus >= self.influence_workers + self.benchmark_gpus
+        return self.cpus >= self.influence_workers + self.sft_cpus
+
+    @property
+    def keep_engine(self) -> bool:
+        """Whether the benchmark engine may stay while SFT runs. On CPU it holds no CPU while it is idle."""
+        return not self.gpus or self.gpus > max(self.sft_workers, self.influence_workers)
+
+    def per_worker(self, cpus: int) -> dict[str, float]:
+        """Ray resources of one worker."""
+        return {"CPU": 1, "GPU": 1} if self.gpus else {"CPU": cpus}
+
+    def describe(self) -> str:
+        return f"{self.nodes} node{'s' * (self.nodes > 1)}, {self.cpus} CPUs, {self.gpus} GPUs"
+
+
+def share(cpus: int, gpus: int, nodes: int, wanted: ResourcesConfig) -> Cluster:
+    """Divide a cluster's resources among the stages.
+
+    Raises:
+        BadInput: it has fewer than the config asks for.
+    """
+    if (wanted.gpus or 0) > gpus:
+        raise BadInput(
+            "resources.gpus",
+            f"asks for {wanted.gpus} GPUs, the cluster has {gpus}",
+            "lower it, or give resources.address of a cluster that has them",
+        )
+    if wanted.gpus is not None:
+        gpus = wanted.gpus
+    slots = gpus or cpus
+    workers = wanted.sft_workers or max(1, gpus)
+    influence = wanted.influence_workers or (gpus or min(8, cpus))
+    for name, count in (("sft_workers", workers), ("influence_workers", influence)):
+        if count > slots:
+            kind = "GPUs" if gpus else "CPUs"
+            raise BadInput(f"resources.{name}", f"asks for {count}, the cluster has {slots} {kind}", "lower it")
+    sft_cpus = 1 if gpus else max(1, cpus // nodes // workers) if workers <= cpus // nodes else 1
+    return Cluster(cpus, gpus, nodes, workers, sft_cpus, influence)
+
+
+def connect(config: Config) -> Cluster:
+    """Connect to Ray, or start one here, and check that it has what the config asks for.
+
+    Raises:
+        BadInput: no Ray at the address, too few resources, or storage that isn't shared by all nodes.
+    """
+    address = config.resources.address or os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not ray.is_initialized():
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        try:
+            ray.init(address=address, **options) if address else ray.init(address="local", **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            where = f"no Ray answers at {address}" if address else "Ray doesn't start"
+            raise BadInput(
+                "resources.address", f"{where}: {error}", "check `ray status`, or leave the address out"
+            ) from None
+    total = ray.cluster_resources()
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    cluster = share(int(total.get("CPU", 1)), int(total.get("GPU", 0)), len(nodes), config.resources)
+    if len(nodes) > 1:
+        _check_shared(config.root, [node["NodeID"] for node in nodes])
+    return cluster
+
+
+def local(config: Config) -> Cluster:
+    """The cluster that ``connect`` would start on this machine.
+
+    Raises:
+        BadInput: this machine has fewer than the config asks for.
+    """
+    import torch
+
+    return share(psutil.cpu_count() or 1, torch.cuda.device_count(), 1, config.resources)
+
+
+class Reservation:
+    """Resources for several workers at once, waited for with a limit; a context manager.
+
+    Args:
+        bundles: Ray resources of each worker.
+        what: the stage, for the error.
+
+    Raises:
+        BadInput: they weren't free within ``seconds``.
+    """
+
+    def __init__(self, bundles: list[dict[str, float]], seconds: int, what: str) -> None:
+        self.bundles, self.seconds, self.what = bundles, seconds, what
+
+    def __enter__(self) -> PlacementGroup:
+        self.group = placement_group(self.bundles)
+        if not self.group.wait(self.seconds):
+            remove_placement_group(self.group)
+            needed = {k: sum(b.get(k, 0) for b in self.bundles) for b in self.bundles for k in b}
+            free = {k: ray.available_resources().get(k, 0) for k in needed}
+            raise BadInput(
+                self.what,
+                f"needs {_list(needed)}; after {self.seconds} s the cluster has {_list(free)} free",
+                "wait for other jobs, add nodes, or raise resources.wait_seconds",
+            )
+        return self.group
+
+    def __exit__(self, *exception: object) -> None:
+        remove_placement_group(self.group)
+
+
+def _list(resources: dict[str, float]) -> str:
+    return ", ".join(f"{count:g} {name}" for name, count in resources.items())
+
+
+def _check_shared(root: Path, nodes: list[str]) -> None:
+    """A file written here must be seen on every node."""
+    root.mkdir(parents=True, exist_ok=True)
+    probe = root / f".shared-{uuid.uuid4().hex}"
+    probe.touch()
+
+    @ray.remote(num_cpus=0)
+    def sees(path: str) -> bool:
+        return os.path.exists(path)
+
+    try:
+        calls = [
+            sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(str(probe))
+            for node in nodes
+        ]
+        missing = [node for node, seen in zip(nodes, ray.get(calls), strict=True) if not seen]
+    finally:
+        probe.unlink()
+    if missing:
+        raise BadInput(
+            "storage", f"{root} isn't shared: {len(missing)} of {len(nodes)} nodes don't see it", "use a shared folder"
+        )

@@ -1,0 +1,106 @@
+"""The first two stages: the base model's files, and every domain's tokenised examples."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from ideal.benchmarks import tasks
+from ideal.chat import ChatEncoder
+from ideal.config import Config, ModelConfig
+from ideal.domains import prepare
+from ideal.model import load_tokenizer, local_folder, materialise
+from ideal.sources import files_of
+from service.progress import Reporter
+
+MODEL = "model"
+"""A stage's folder with a model in the transformers format."""
+
+
+def train_file(data: Path, domain: str) -> Path:
+    """A domain's training examples in the data stage's folder."""
+    return data / f"{domain}.train.safetensors"
+
+
+def reference_file(data: Path, domain: str) -> Path:
+    """A domain's reference set in the data stage's folder."""
+    return data / f"{domain}.reference.safetensors"
+
+
+def model_settings(config: ModelConfig) -> dict[str, Any]:
+    """What the base model's files depend on; of local files their content, whatever their place."""
+    settings: dict[str, Any] = {"source": config.source, "revision": config.revision}
+    origin = local_folder(config)
+    if origin:
+        settings["source"] = {f.name: _digest(f) for f in sorted(origin.iterdir()) if f.is_file()}
+    if config.chat_template:
+        settings["chat_template"] = _digest(Path(config.chat_template))
+    return settings
+
+
+def base_model(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """Put θ₀ into ``folder/model``."""
+    (folder / MODEL).mkdir(exist_ok=True)
+    materialise(config, folder / MODEL)
+    return {"bytes": sum(f.stat().st_size for f in (folder / MODEL).iterdir())}
+
+
+def data_settings(config: Config) -> dict[str, Any]:
+    """What the examples depend on: sources with their files' content, and the benchmarks they must not overlap."""
+
+    def source(where: str, value: Any) -> dict[str, Any]:
+        files = [_digest(path) for path in files_of(value, where)]
+        return {**value.model_dump(mode="json", exclude={"files"}), "files": files}
+
+    return {
+        "max_tokens": config.model.max_tokens,
+        "max_rejected": config.max_rejected,
+        "domains": [
+            {
+                "name": d.name,
+                "train": source(f"domains.{d.name}.train", d.train),
+                "reference": source(f"domains.{d.name}.reference", d.reference),
+            }
+            for d in config.domains
+        ],
+        "benchmarks": benchmark_settings(config),
+    }
+
+
+def benchmark_settings(config: Config) -> list[dict[str, Any]]:
+    """The benchmarks, with the content of their own task files in place of their folder."""
+    return [
+        {
+            **b.model_dump(mode="json", exclude={"include"}),
+            "include": [_digest(f) for f in sorted(Path(b.include).rglob("*")) if f.is_file()] if b.include else None,
+        }
+        for b in config.benchmarks
+    ]
+
+
+def data(folder: Path, *, model: Path, config: Config, progress: Reporter) -> dict[str, Any]:
+    """Read, encode and check all domains into ``folder``.
+
+    Returns:
+        for each domain: pool, reference, tokens_per_example (supervised), and the account of its rows.
+    """
+    encoder = ChatEncoder(load_tokenizer(model / MODEL), config.model.max_tokens)
+    loaded = tasks.load(config.benchmarks, allow_code_execution=config.allow_code_execution)
+    held_out = [text for benchmark in loaded.values() for text in tasks.documents(benchmark)]
+    found = {}
+    for domain in prepare(config, encoder, held_out, progress):
+        domain.train.save(train_file(folder, domain.name))
+        domain.reference.save(reference_file(folder, domain.name))
+        found[domain.name] = {
+            "pool": len(domain.train),
+            "reference": len(domain.reference),
+            "tokens_per_example": float(domain.train.supervised_tokens().mean()),
+            "account": domain.account,
+        }
+    return found
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,46 @@
+"""A failure as one error: which stage, which iteration, where, the log, and the next command to type."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayTaskError
+from ray.train import WorkerGroupError
+
+from ideal.errors import BadInput
+from service.stages import Stage
+
+
+class StageFailed(Exception):
+    """A stage that didn't come to its end; the command line exits with 1."""
+
+
+def explain(error: Exception, stage: Stage, name: str) -> Exception:
+    """What a user should see of an error that came out of a stage: the cause, without the layers around it."""
+    cause = root_cause(error)
+    if isinstance(cause, BadInput):
+        return cause
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return BadInput("storage", "the disk is full", "free some space; the same command goes on from here")
+    text = " ".join(str(cause).split())[:600]
+    return StageFailed(
+        f"{name} failed: {type(cause).__name__}: {text}\n"
+        f"  stage {stage.kind} {stage.fingerprint}; logs: {_logs()}\n"
+        f"  → the same command runs this stage again; finished stages are kept"
+    )
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error that a worker raised, out of what Ray wrapped around it."""
+    if isinstance(error, RayTaskError) and error.cause is not None and error.cause is not error:
+        return root_cause(error.cause)
+    if isinstance(error, WorkerGroupError) and error.worker_failures:
+        return root_cause(next(iter(error.worker_failures.values())))
+    return error
+
+
+def _logs() -> Path:
+    session = ray._private.worker.global_worker.node
+    return Path(session.get_session_dir_path()) / "logs" if session else Path("/tmp/ray/session_latest/logs")

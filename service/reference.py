@@ -1,0 +1,58 @@
+"""The loss on every reference set: what the optimisation minimises, and what accepts or rejects a mixture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ideal.config import Config
+from ideal.examples import ExampleSet
+from ideal.model import DTYPES, device, load_model
+from ideal.training import mean_loss
+from service.cluster import Cluster, Reservation
+from service.data import MODEL, reference_file
+from service.progress import Reporter
+
+
+def reference_losses(
+    *,
+    checkpoint: Path,
+    data: Path,
+    domains: list[str],
+    config: Config,
+    cluster: Cluster,
+    progress: Reporter,
+) -> dict[str, Any]:
+    """For each domain's reference set: loss (mean per supervised token, nats) and tokens."""
+    bundle = cluster.per_worker(cluster.sft_cpus)
+    with Reservation([bundle], config.resources.wait_seconds, "reference loss") as reserved:
+        task = _losses.options(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(reserved),
+        )
+        found: dict[str, Any] = ray.get(
+            task.remote(checkpoint / MODEL, data, domains, config, cluster.sft_cpus, progress)
+        )
+    return found
+
+
+@ray.remote
+def _losses(
+    model_folder: Path, data: Path, domains: list[str], config: Config, cpus: int, progress: Reporter
+) -> dict[str, Any]:
+    where = device()
+    if where.type == "cpu":
+        torch.set_num_threads(cpus)
+    model = load_model(model_folder, DTYPES[config.influence.precision], where)
+    found = {}
+    for number, domain in enumerate(domains):
+        progress(domain, number, len(domains))
+        examples = ExampleSet.load(reference_file(data, domain))
+        loss, tokens = mean_loss(model, examples, where, config.resources.batch_tokens)
+        found[domain] = {"loss": loss, "tokens": tokens}
+    return found

@@ -1,0 +1,206 @@
+"""What a run found, as rows for the screen, a Markdown report with pictures, and JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from ideal.config import Config
+from service.driver import Iteration, Outcome
+
+Rows = list[tuple[str, list[list[str]]]]
+"""Groups: (heading, rows of label and one cell for each iteration)."""
+
+
+def label(iteration: Iteration) -> str:
+    """D1, or D1 (rejected)."""
+    return f"D{iteration.number}" + ("" if iteration.accepted else " (rejected)")
+
+
+def rows(outcome: Outcome) -> Rows:
+    """The results table: a column for each mixture that was trained."""
+    iterations = outcome.iterations
+    domains = list(iterations[0].volumes)
+    groups: Rows = [
+        ("volume (examples)", [[d, *(str(i.volumes[d]) for i in iterations)] for d in domains]),
+        ("β, the next change", [[d, *(_beta(i, n) for i in iterations)] for n, d in enumerate(domains)]),
+        ("influence of more, largest = 1", [[d, *(_value(i, n) for i in iterations)] for n, d in enumerate(domains)]),
+        (
+            "reference loss (nats per token)",
+            [[d, *(f"{i.reference.result[d]['loss']:.4f}" for i in iterations)] for d in domains]
+            + [["objective", *(f"{i.loss:.4f}" for i in iterations)]],
+        ),
+    ]
+    scored = next((i.benchmark.result for i in iterations if i.benchmark), None)
+    if scored:
+        cells = [[name, *(_score(i, name) for i in iterations)] for name in scored]
+        groups.append(("benchmark score", [*cells, ["mean", *(_mean(i) for i in iterations)]]))
+    return groups
+
+
+def table(outcome: Outcome) -> Table:
+    """The results table for a terminal."""
+    shown = Table(*["", *(label(i) for i in outcome.iterations)], title_justify="left")
+    for heading, lines in rows(outcome):
+        shown.add_section()
+        shown.add_row(f"[bold]{heading}[/]")
+        for line in lines:
+            shown.add_row(f"  {line[0]}", *line[1:])
+    return shown
+
+
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """Everything in the table, unrounded."""
+    return {
+        "stopped": outcome.stopped,
+        "equilibrium": outcome.equilibrium.volumes,
+        "data": outcome.data.result,
+        "iterations": [
+            {
+                "name": label(i),
+                "accepted": i.accepted,
+                "m": i.m,
+                "volumes": i.volumes,
+                "objective": i.loss,
+                "reference": i.reference.result,
+                "benchmarks": i.benchmark.result if i.benchmark else None,
+                "influence": i.table.matrix().tolist() if i.table else None,
+                "update": vars(i.update) if i.update else None,
+                "stages": {
+                    r.kind: {"fingerprint": r.fingerprint, "seconds": r.seconds}
+                    for r in (i.sft, i.reference, i.influence, i.benchmark)
+                    if r
+                },
+                "sft": i.sft.result,
+            }
+            for i in outcome.iterations
+        ],
+    }
+
+
+def write(folder: Path, config: Config, outcome: Outcome) -> Path:
+    """The report and its pictures into ``folder``; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(summary(outcome), indent=1))
+    pictures = {"volumes-and-scores": trajectory(outcome)}
+    pictures |= {f"influence-D{i.number}": heatmap(i, config) for i in outcome.accepted if i.table}
+    for name, figure in pictures.items():
+        figure.savefig(folder / f"{name}.png", dpi=130)
+        plt.close(figure)
+    path = folder / "report.md"
+    path.write_text(_markdown(config, outcome, list(pictures)))
+    return path
+
+
+def trajectory(outcome: Outcome) -> Figure:
+    """Volumes and scores by accepted iteration."""
+    iterations = outcome.accepted
+    at = [i.number for i in iterations]
+    scored = [i for i in iterations if i.benchmark]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for domain in iterations[0].volumes:
+        left.plot(at, [i.volumes[domain] for i in iterations], "o-", label=domain)
+    left.set(title="Volumes", ylabel="examples", ylim=(0, None))
+    for name in scored[0].benchmark.result if scored and scored[0].benchmark else []:
+        cells = [i.benchmark.result[name] for i in scored if i.benchmark]
+        errors = [c["stderr"] or 0 for c in cells]
+        right.errorbar([i.number for i in scored], [c["value"] for c in cells], errors, fmt="o-", capsize=3, label=name)
+    right.set(title="Benchmark scores (± standard error)", ylim=(0, None))
+    for axes in (left, right):
+        axes.set_xticks(at, [f"D{n}" for n in at])
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def heatmap(iteration: Iteration, config: Config) -> Figure:
+    """The influence matrix with its intervals; each column (reference set) relative to its largest entry."""
+    assert iteration.table is not None
+    matrix = iteration.table.matrix()
+    cloud = iteration.table.resampled(config.influence.resamples, config.seed)
+    tail = (1 - config.influence.confidence) / 2
+    low, high = np.quantile(cloud, [tail, 1 - tail], axis=0)
+    scale = np.abs(matrix).max(0, keepdims=True)
+    domains = list(iteration.volumes)
+    figure, axes = plt.subplots(figsize=(2 + 1.5 * len(domains), 1.5 + 0.7 * len(domains)), layout="constrained")
+    image = axes.imshow(matrix / scale, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+    for (j, r), value in np.ndenumerate(matrix / scale):
+        lo, hi = low[j, r] / scale[0, r], high[j, r] / scale[0, r]
+        axes.text(
+            r,
+            j,
+            f"{value:+.2f}\n[{lo:+.2f}, {hi:+.2f}]",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if abs(value) > 0.6 else "black",
+        )
+    axes.set_xticks(range(len(domains)), domains, rotation=20, ha="right")
+    axes.set_yticks(range(len(domains)), domains)
+    axes.set(xlabel="reference set", ylabel="training domain")
+    axes.set_title(
+        f"Influence at D{iteration.number} (+ lowers the loss; {config.influence.confidence:.0%} intervals)", fontsize=9
+    )
+    figure.colorbar(image, shrink=0.8)
+    return figure
+
+
+def _markdown(config: Config, outcome: Outcome, pictures: list[str]) -> str:
+    names = [label(i) for i in outcome.iterations]
+    lines = [f"# {config.name}", "", f"Ended: {outcome.stopped}.", ""]
+    lines += [f"Equilibrium: {', '.join(f'{d} {v}' for d, v in outcome.equilibrium.volumes.items())}.", ""]
+    for heading, cells in rows(outcome):
+        lines += [f"| {heading} | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+        lines += ["| " + " | ".join(row) + " |" for row in cells] + [""]
+    lines += [f"![{name}]({name}.png)\n" for name in pictures]
+    lines += [
+        "## Data",
+        "",
+        "| domain | set | rows | used | rejected | also held out |",
+        "| --- | --- | ---: | ---: | --- | ---: |",
+    ]
+    for domain, found in outcome.data.result.items():
+        for part, account in found["account"].items():
+            reasons = ", ".join(f"{n} {why}" for why, n in account["rejected"].items()) or "0"
+            lines.append(
+                f"| {domain} | {part} | {account['rows']} | {account['used']} | {reasons} | {account['overlapping']} |"
+            )
+    rejected = [row for f in outcome.data.result.values() for a in f["account"].values() for row in a["rejected_rows"]]
+    lines += ["", *(f"- {row}" for row in rejected)]
+    lines += ["", "## Stages", "", "| stage | fingerprint | seconds |", "| --- | --- | ---: |"]
+    lines += [f"| {r.kind} | {r.fingerprint} | {r.seconds:.1f} |" for r in outcome.records]
+    return "\n".join(lines) + "\n"
+
+
+def _beta(iteration: Iteration, domain: int) -> str:
+    return f"{iteration.update.beta[domain]:+.3f}" if iteration.update else ""
+
+
+def _value(iteration: Iteration, domain: int) -> str:
+    step = iteration.update
+    if not step:
+        return ""
+    scale = max(map(abs, step.value)) or 1.0
+    value, low, high = (x[domain] / scale for x in (step.value, step.low, step.high))
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]" + ("" if step.decided[domain] else " undecided")
+
+
+def _score(iteration: Iteration, name: str) -> str:
+    if not iteration.benchmark:
+        return ""
+    cell = iteration.benchmark.result[name]
+    return f"{cell['value']:.3f}" + (f" ± {cell['stderr']:.3f}" if cell["stderr"] is not None else "")
+
+
+def _mean(iteration: Iteration) -> str:
+    cells = iteration.benchmark.result.values() if iteration.benchmark else []
+    return f"{sum(c['value'] for c in cells) / len(cells):.3f}" if cells else ""

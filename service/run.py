@@ -1,0 +1,110 @@
+"""A whole run: connect, optimise, record, report; and the same without starting anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from ideal.benchmarks import tasks
+from ideal.config import Config
+from ideal.errors import BadInput
+from service import report
+from service.cluster import Cluster, connect
+from service.driver import Optimisation, Outcome
+from service.progress import Display
+from service.stages import Records, Store, Unfinished
+from service.tracking import Tracker, uri_of
+
+
+def run(config: Config, console: Console) -> Outcome:
+    """Run a config to its end, or go on where it was left; the table comes at the end.
+
+    Raises:
+        BadInput: something in it doesn't hold; found before anything is computed, where that can be known.
+        StageFailed: a stage broke.
+    """
+    started = time.time()
+
+    def notice(line: str) -> None:
+        console.print(f"[yellow]![/] {line}")
+
+    tasks.check(config.benchmarks, allow_code_execution=config.allow_code_execution)
+    folder = run_folder(config)
+    store = Store(config.root, notice)
+    tracker = Tracker(config, run_key(config), folder, notice)
+    outcome = replay(config, notice)
+    if outcome.stopped:
+        console.print("every stage of this run is recorded: nothing to do")
+    else:
+        fresh = not ray.is_initialized()
+        cluster = connect(config)
+        console.print(f"[bold]{config.name}[/] on {cluster.describe()}; stages in {config.root}")
+        try:
+            with Display(console) as display:
+                outcome = Optimisation(config, cluster, store, display, tracker.write).run()
+        finally:
+            if fresh:
+                ray.shutdown()
+    path = report.write(folder, config, outcome)
+    tracker.write(outcome)
+    console.print(report.table(outcome))
+    console.print(f"Ended after {time.time() - started:.0f} s: {outcome.stopped}.")
+    console.print(f"Report: {path}", soft_wrap=True)
+    console.print(f"MLflow: {mlflow_command(config)}", soft_wrap=True)
+    return outcome
+
+
+def sync(config: Config, console: Console) -> bool:
+    """Write to MLflow what it hasn't of a run, finished or not; False if it couldn't be reached."""
+    notice = console.print
+    outcome = replay(config, notice)
+    if not outcome.iterations:
+        raise BadInput("sync", "nothing of this run is recorded yet", "run it first")
+    folder = run_folder(config)
+    report.write(folder, config, outcome)
+    written = Tracker(config, run_key(config), folder, notice).write(outcome)
+    if written:
+        console.print(f"MLflow has everything of {config.name}: {uri_of(config)}")
+    return written
+
+
+def replay(config: Config, notice: Callable[[str], None]) -> Outcome:
+    """What the records say of a run, as far as they go."""
+    seen: list[Outcome] = []
+    nowhere = Cluster(cpus=1, gpus=0, nodes=1, sft_workers=1, sft_cpus=1, influence_workers=1)
+    silent: Any = None
+    optimisation = Optimisation(config, nowhere, Records(config.root, notice), silent, seen.append)
+    try:
+        return optimisation.run()
+    except Unfinished:
+        return seen[-1] if seen else Outcome(data=silent)
+
+
+def run_key(config: Config) -> str:
+    """The run's fingerprint: everything but where and how fast it runs."""
+    identity = config.model_dump(mode="json", exclude={"resources", "tracking", "storage"})
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def run_folder(config: Config) -> Path:
+    """Where the run's report is."""
+    return config.root / "runs" / f"{config.name}-{run_key(config)}"
+
+
+def mlflow_command(config: Config) -> str:
+    """How to look at the run in MLflow."""
+    uri = uri_of(config)
+    if uri.startswith("http"):
+        return uri
+    beside = Path(sys.executable).parent / "mlflow"
+    program = beside if beside.exists() else shutil.which("mlflow") or "mlflow"
+    return f"{program} ui --backend-store-uri {uri}"

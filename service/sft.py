@@ -1,0 +1,134 @@
+"""SFT of θ₀ on a mixture, by Ray Train: workers that each run ``ideal.training`` on their share of every batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from ideal.config import ResourcesConfig, SftConfig
+from ideal.examples import ExampleSet
+from ideal.mixture import draw
+from ideal.model import load_tokenizer
+from ideal.training import Trainer, plan, train
+from service.cluster import Cluster
+from service.data import MODEL, train_file
+from service.progress import Reporter
+from service.stages import WORK
+
+
+def sft(
+    folder: Path,
+    *,
+    base: Path,
+    data: Path,
+    volumes: dict[str, int],
+    config: SftConfig,
+    seed: int,
+    resources: ResourcesConfig,
+    cluster: Cluster,
+    progress: Reporter,
+) -> dict[str, Any]:
+    """Fine-tune the base model on a mixture into ``folder/model``.
+
+    A run that was killed goes on from its last checkpoint in ``folder/work``.
+
+    Args:
+        volumes: examples of each domain.
+
+    Returns:
+        steps, tokens, seconds, tokens_per_second, first_loss and last_loss; the loss of every step is in steps.json.
+    """
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(resources.wait_seconds)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "folder": folder,
+            "base": base,
+            "data": data,
+            "volumes": volumes,
+            "config": config,
+            "seed": seed,
+            "resources": resources,
+            "cpus": cluster.sft_cpus,
+            "progress": progress,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=cluster.sft_workers,
+            use_gpu=bool(cluster.gpus),
+            resources_per_worker=cluster.per_worker(cluster.sft_cpus),
+        ),
+        torch_config=TorchConfig(backend="nccl" if cluster.gpus else "gloo"),
+        run_config=RunConfig(
+            name="sft",
+            storage_path=str(folder / WORK),
+            failure_config=FailureConfig(max_failures=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    trainer.fit()
+    logs = json.loads((folder / "steps.json").read_text())
+    seconds, tokens = sum(log["seconds"] for log in logs), sum(log["tokens"] for log in logs)
+    return {
+        "steps": len(logs),
+        "tokens": tokens,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "first_loss": logs[0]["loss"],
+        "last_loss": logs[-1]["loss"],
+    }
+
+
+def _worker(task: dict[str, Any]) -> None:
+    config, resources, volumes = task["config"], task["resources"], task["volumes"]
+    rank = ray.train.get_context().get_world_rank()
+    torch.manual_seed(task["seed"])
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(task["cpus"])
+    pools = [ExampleSet.load(train_file(task["data"], domain)) for domain in volumes]
+    picks = [
+        (number, int(index))
+        for number, (domain, volume) in enumerate(volumes.items())
+        for index in draw(len(pools[number]), volume, task["seed"], domain)
+    ]
+    trainer = Trainer(task["base"] / MODEL, config, device, resources.batch_tokens, resources.gradient_checkpointing)
+    logs: list[dict[str, Any]] = []
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint:
+        with checkpoint.as_directory() as saved:
+            trainer.load_state(Path(saved))
+            logs = json.loads((Path(saved) / "steps.json").read_text())
+    total = len(plan(len(picks), config, task["seed"]))
+    started = time.time()
+    for log in train(trainer, pools, picks, task["seed"]):
+        logs.append({**asdict(log), "seconds": round(time.time() - started, 4)})
+        started = time.time()
+        if rank == 0:
+            task["progress"](f"loss {log.loss:.3f}", log.step + 1, total)
+        if (log.step + 1) % resources.checkpoint_steps == 0 and log.step + 1 < total:
+            _checkpoint(trainer, logs, rank)
+            started = time.time()
+    if rank == 0:
+        trainer.save_model(task["folder"] / MODEL)
+        load_tokenizer(task["base"] / MODEL).save_pretrained(task["folder"] / MODEL)
+        (task["folder"] / "steps.json").write_text(json.dumps(logs))
+
+
+def _checkpoint(trainer: Trainer, logs: list[dict[str, Any]], rank: int) -> None:
+    """A barrier for all workers; the first one's state is kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        if rank == 0:
+            trainer.save_state(Path(folder))
+            (Path(folder) / "steps.json").write_text(json.dumps(logs))
+        metrics = {"step": trainer.next_step}
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None)

@@ -1,0 +1,228 @@
+"""Stages as values: a step of a run is named by what goes into it, and recorded once.
+
+A stage's fingerprint is the hash of its kind, of the settings that change its result, and of its inputs'
+fingerprints; it names the stage's folder. ``stage.json``, with the checksums of all files, is written last: a folder
+without it never happened, and one whose files don't match it is run again. That is resuming after a crash, sharing
+between runs, and provenance, in one idea.
+
+Two drivers that want one stage: one runs it while the other waits at its lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ideal.errors import BadInput
+
+RECORD = "stage.json"
+WORK = "work"
+"""A stage's folder for what a retry goes on from; gone once it is recorded."""
+
+RESULTS_CHANGED_IN = {"model": 1, "data": 1, "sft": 1, "reference": 1, "influence": 1, "benchmark": 1}
+"""Raised when new code gives a kind of stage other results, so that old records are not taken for new ones."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step and everything that its result depends on.
+
+    Attributes:
+        kind: model, data, sft, reference, influence or benchmark.
+        settings: JSON-like; what doesn't change the result stays out.
+        inputs: fingerprints by role.
+    """
+
+    kind: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        identity = {
+            "kind": self.kind,
+            "results": RESULTS_CHANGED_IN[self.kind],
+            "settings": self.settings,
+            "inputs": dict(self.inputs),
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A stage that has happened.
+
+    Attributes:
+        result: its small numbers, JSON-like.
+        seconds: how long it ran.
+        fresh: whether it ran now, not before.
+    """
+
+    kind: str
+    fingerprint: str
+    folder: Path
+    result: dict[str, Any]
+    seconds: float
+    fresh: bool
+
+
+class Store:
+    """The folder of all stages. ``notice`` is told what a user should know, a line at a time."""
+
+    def __init__(self, root: Path, notice: Callable[[str], None] = print) -> None:
+        self.root, self.notice = root, notice
+        try:
+            (root / "stages").mkdir(parents=True, exist_ok=True)
+            (root / "locks").mkdir(exist_ok=True)
+        except OSError as error:
+            raise BadInput("storage", f"can't be written ({error})", "set storage to a folder of yours") from None
+
+    def run(self, stage: Stage, work: Callable[[Path], dict[str, Any]]) -> Record:
+        """The stage's record; runs ``work`` in its folder if there is none.
+
+        Raises:
+            BadInput: the disk is full.
+        """
+        folder = self.root / "stages" / stage.kind / stage.fingerprint
+        found = self.find(stage)
+        if found:
+            return found
+        lock = FileLock(self.root / "locks" / f"{stage.kind}-{stage.fingerprint}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            self.notice(f"another run is busy with {stage.kind} {stage.fingerprint}: waiting for it")
+            lock.acquire()
+        try:
+            found = self.find(stage)
+            if found:
+                return found
+            _clear(folder)
+            started = time.time()
+            result = work(folder)
+            self._write(stage, folder, result, started)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise BadInput(
+                    "storage", f"{self.root} is full", "free some space; the same command goes on from here"
+                ) from None
+            raise
+        finally:
+            lock.release()
+        written = self.find(stage)
+        assert written is not None
+        return Record(**{**vars(written), "fresh": True})
+
+    def find(self, stage: Stage) -> Record | None:
+        """The record of a stage that has happened and whose files are whole."""
+        folder = self.root / "stages" / stage.kind / stage.fingerprint
+        path = folder / RECORD
+        if not path.exists():
+            return None
+        damage = _damage(str(folder), path.stat().st_mtime_ns)
+        if damage:
+            self.notice(f"{folder} is damaged ({damage}): running this stage again")
+            path.unlink()
+            return None
+        record = json.loads(path.read_text())
+        return Record(stage.kind, stage.fingerprint, folder, record["result"], record["seconds"], fresh=False)
+
+    def _write(self, stage: Stage, folder: Path, result: dict[str, Any], started: float) -> None:
+        shutil.rmtree(folder / WORK, ignore_errors=True)
+        files = {
+            str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+        body = {
+            "kind": stage.kind,
+            "fingerprint": stage.fingerprint,
+            "settings": dict(stage.settings),
+            "inputs": dict(stage.inputs),
+            "result": result,
+            "files": files,
+            "seconds": round(time.time() - started, 3),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "made_by": {
+                "version": version("ideal-mixture"),
+                "torch": version("torch"),
+                "python": platform.python_version(),
+                "host": socket.gethostname(),
+            },
+        }
+        body["checksum"] = _checksum(body)
+        temporary = folder / f"{RECORD}.tmp"
+        with temporary.open("w") as out:
+            json.dump(body, out, indent=1)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.rename(folder / RECORD)
+
+
+class Unfinished(Exception):
+    """A stage that hasn't happened, asked of a store that runs nothing."""
+
+
+class Records(Store):
+    """A store that runs nothing: what the records say, as far as they go."""
+
+    def run(self, stage: Stage, work: Callable[[Path], dict[str, Any]]) -> Record:
+        """The stage's record.
+
+        Raises:
+            Unfinished: there is none.
+        """
+        found = self.find(stage)
+        if found is None:
+            raise Unfinished(stage.kind)
+        return found
+
+
+def _clear(folder: Path) -> None:
+    """Leave nothing half-written of an earlier try, but what it can go on from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in folder.iterdir():
+        if entry.name != WORK:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    (folder / WORK).mkdir(exist_ok=True)
+
+
+@cache
+def _damage(folder: str, written: int) -> str | None:
+    """What is wrong with a recorded folder; None if its record and all its files are as written."""
+    try:
+        record = json.loads((Path(folder) / RECORD).read_text())
+        if record.pop("checksum") != _checksum(record):
+            return f"{RECORD}: wrong checksum"
+        for name, expected in record["files"].items():
+            path = Path(folder) / name
+            if not path.is_file():
+                return f"{name}: missing"
+            if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+                return f"{name}: wrong checksum"
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return f"{RECORD}: {error}"
+    return None
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
