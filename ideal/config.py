@@ -118,6 +118,7 @@ class BenchmarkConfig(Section):
     max_new_tokens: PositiveInt | None = Field(
         None, description="Longest answer, in tokens. Default: the task's, or 256."
     )
+    system: str | None = Field(None, description="System message before every prompt. Default: the task's, or none.")
     chat: bool = Field(True, description="Put prompts through the model's chat template.")
     reasoning_gym: str | None = Field(None, description="Name of a reasoning-gym task with its own scorer.")
     options: dict[str, Any] = Field({}, description="Difficulty settings of the reasoning-gym task.")

@@ -8,7 +8,7 @@ differ only where their volumes do.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -39,9 +39,16 @@ def round_volumes(volumes: Sequence[float], total: int) -> list[int]:
     return down
 
 
-def data_order(entries: int, epochs: float, seed: int) -> npt.NDArray[np.int64]:
-    """[round(entries · epochs)] positions in the mixture, a new seeded permutation for every epoch."""
-    wanted = max(1, round(entries * epochs))
-    epochs_needed = -(-wanted // entries)
-    order = np.concatenate([seeded(seed, "epoch", str(e)).permutation(entries) for e in range(epochs_needed)])
-    return order[:wanted].astype(np.int64)
+def data_order(volumes: Mapping[str, int], epochs: float, seed: int) -> npt.NDArray[np.int64]:
+    """[round(V · epochs)] positions in the mixture (its domains' draws one after another), shuffled anew every epoch.
+
+    Every draw has a seeded place of its own between 0 and 1, whatever the other domains do: a changed volume adds or
+    takes away examples and leaves the order of the rest, so that two runs differ by their mixtures and not by luck.
+    """
+    total = sum(volumes.values())
+    wanted = max(1, round(total * epochs))
+    orders = []
+    for epoch in range(-(-wanted // total)):
+        places = [seeded(seed, "order", str(epoch), d).random(v) for d, v in volumes.items()]
+        orders.append(np.argsort(np.concatenate(places), kind="stable"))
+    return np.concatenate(orders)[:wanted].astype(np.int64)

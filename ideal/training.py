@@ -12,7 +12,7 @@ lets workers differ in their number of micro-batches, and never adds up gradient
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +21,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ideal.batches import batches, length
+from ideal.batches import Item, batches, length
 from ideal.config import SftConfig
 from ideal.examples import ExampleSet
-from ideal.mixture import data_order
+from ideal.mixture import data_order, draw
 from ideal.model import DTYPES, load_model, summed_loss, supervised_logits
-
-Pick = tuple[int, int]
-"""An example of the mixture: (number of its domain, index in that domain's pool)."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +53,9 @@ class Log:
     """Input tokens of the global batch, without padding."""
 
 
-def plan(entries: int, config: SftConfig, seed: int) -> list[Step]:
-    """All steps of a run over a mixture of ``entries`` examples."""
-    order = data_order(entries, config.epochs, seed)
+def plan(volumes: Mapping[str, int], config: SftConfig, seed: int) -> list[Step]:
+    """All steps of a run over a mixture."""
+    order = data_order(volumes, config.epochs, seed)
     total = math.ceil(len(order) / config.batch_examples)
     return [
         Step(
@@ -116,16 +113,14 @@ class Trainer:
         )
         self.next_step = 0
 
-    def step(self, step: Step, pools: list[ExampleSet], picks: list[Pick]) -> Log:
+    def step(self, step: Step, items: list[Item]) -> Log:
         """Run one optimiser step; every worker calls it with the same arguments.
 
         Args:
-            pools: each domain's training examples.
-            picks: the whole mixture.
+            items: the global batch.
         """
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        items = [pools[domain][index] for domain, index in (picks[position] for position in step.picks)]
-        items.sort(key=length)
+        items = sorted(items, key=length)
         targets = sum(int(supervised[1:].sum()) for _, supervised in items)
         summed = torch.zeros((), device=self.device)
         for _, batch in batches(items[rank::world], self.batch_tokens):
@@ -209,19 +204,20 @@ def _add_to(place: torch.Tensor) -> Callable[[torch.Tensor], None]:
 
 def train(
     trainer: Trainer,
-    pools: list[ExampleSet],
-    picks: list[Pick],
+    pools: Mapping[str, ExampleSet],
+    volumes: Mapping[str, int],
     seed: int,
 ) -> Iterator[Log]:
     """The remaining steps of a run, one at a time.
 
     Args:
         pools: each domain's training examples.
-        picks: the mixture.
-        seed: of the data order.
+        volumes: the mixture.
+        seed: of the draws and of the data's order.
     """
-    for step in plan(len(picks), trainer.config, seed)[trainer.next_step :]:
-        yield trainer.step(step, pools, picks)
+    items = [pools[domain][int(i)] for domain, v in volumes.items() for i in draw(len(pools[domain]), v, seed, domain)]
+    for step in plan(volumes, trainer.config, seed)[trainer.next_step :]:
+        yield trainer.step(step, [items[position] for position in step.picks])
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from ideal.batches import length
 from ideal.config import Config, InfluenceConfig
 from ideal.curvature.accumulate import Block, BlockGradient, accumulate
 from ideal.curvature.kfac import Eigen, curvature, eigenbasis
@@ -44,14 +44,13 @@ Shapes = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Sample:
-    """What an influence is computed from; small, so that every actor makes it for itself."""
+    """What an influence is computed from; small, so that every actor reads the examples for itself."""
 
     data: Path
     volumes: dict[str, int]
     config: InfluenceConfig
     seed: int
 
-    @cached_property
     def blocks(self) -> list[Block]:
         """Every domain's blocks, then every reference set's.
 
@@ -98,7 +97,8 @@ def influence(
     cuts = np.array_split(np.array(list(shapes)), min(layer_blocks, len(shapes)))
     groups = [[str(layer) for layer in cut] for cut in cuts]
     shards = max(1, cluster.influence_workers // len(groups))
-    parts = shard(sample.blocks, shards)
+    blocks = sample.blocks()
+    parts = shard(blocks, shards)
     bundle = cluster.per_worker(1)
     with Reservation([bundle] * (len(groups) * shards), config.resources.wait_seconds, "influence") as reserved:
         make = InfluenceActor.options(  # type: ignore[attr-defined]
@@ -139,11 +139,10 @@ def influence(
     tokens = {index: size for part in counted[:shards] for index, size in part.items()}
     layers = {layer: row for part in solved for layer, row in part.items()}
     _table(sample, tokens, {layer: layers[layer].products for layer in shapes}).save(folder / TABLE)
-    inputs = sum(int(np.flatnonzero(mask)[-1]) for block in sample.blocks for _, mask in block.items)
     return {
         "layers": list(shapes),
         "conditions": {layer: layers[layer].condition for layer in shapes},
-        "tokens": inputs,
+        "tokens": sum(length(item) for block in blocks for item in block.items),
         "actors": len(groups) * shards,
         "pass_seconds": round(passed - started, 3),
         "solve_seconds": round(time.time() - passed, 3),
@@ -177,7 +176,8 @@ class InfluenceActor:
         """
         settings = self.config.influence
         model = load_model(self.model, DTYPES[settings.precision], self.device)
-        blocks = [self.sample.blocks[index] for index in members]
+        everything = self.sample.blocks()
+        blocks = [everything[index] for index in members]
         sizes: dict[int, tuple[int, float]] = {}
 
         def keep(block: Block, found: BlockGradient) -> None:

@@ -17,7 +17,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from ideal.config import ResourcesConfig, SftConfig
 from ideal.examples import ExampleSet
-from ideal.mixture import draw
 from ideal.model import load_tokenizer
 from ideal.training import Trainer, plan, train
 from service.cluster import Cluster
@@ -48,6 +47,7 @@ def sft(
     Returns:
         steps, tokens, seconds, tokens_per_second, first_loss and last_loss; the loss of every step is in steps.json.
     """
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(resources.wait_seconds)
     trainer = TorchTrainer(
         _worker,
@@ -95,12 +95,7 @@ def _worker(task: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(task["cpus"])
-    pools = [ExampleSet.load(train_file(task["data"], domain)) for domain in volumes]
-    picks = [
-        (number, int(index))
-        for number, (domain, volume) in enumerate(volumes.items())
-        for index in draw(len(pools[number]), volume, task["seed"], domain)
-    ]
+    pools = {domain: ExampleSet.load(train_file(task["data"], domain)) for domain in volumes}
     trainer = Trainer(task["base"] / MODEL, config, device, resources.batch_tokens, resources.gradient_checkpointing)
     logs: list[dict[str, Any]] = []
     checkpoint = ray.train.get_checkpoint()
@@ -108,9 +103,9 @@ def _worker(task: dict[str, Any]) -> None:
         with checkpoint.as_directory() as saved:
             trainer.load_state(Path(saved))
             logs = json.loads((Path(saved) / "steps.json").read_text())
-    total = len(plan(len(picks), config, task["seed"]))
+    total = len(plan(volumes, config, task["seed"]))
     started = time.time()
-    for log in train(trainer, pools, picks, task["seed"]):
+    for log in train(trainer, pools, volumes, task["seed"]):
         logs.append({**asdict(log), "seconds": round(time.time() - started, 4)})
         started = time.time()
         if rank == 0:

@@ -73,6 +73,7 @@ def evaluate(
             limit=benchmark.limit,
             bootstrap_iters=BOOTSTRAP,
             log_samples=False,
+            system_instruction=benchmark.system,
             apply_chat_template=benchmark.chat,
             fewshot_as_multiturn=benchmark.chat,
             confirm_run_unsafe_code=allow_code_execution,

@@ -1,0 +1,12 @@
+"""``ray job submit --working-dir . -- python -m jobs.optimize jobs/configs/quickstart.yaml``: ``ideal run`` as a Ray job."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from service.cli import guarded
+
+if __name__ == "__main__":
+    os.environ.setdefault("RAY_ADDRESS", "auto")
+    sys.exit(guarded(["run", *sys.argv[1:]]))
