@@ -53,7 +53,7 @@ class Source(Section):
     size: PositiveInt | None = Field(
         None, description="Rows: how many reasoning-gym makes, or at most this many of a file or hub split."
     )
-    seed: int = Field(0, description="Seed of the reasoning-gym task; different seeds make disjoint sets.")
+    seed: int = Field(0, description="reasoning-gym makes item i from the number seed + i: `size` seeds are used.")
     files: list[str] | None = Field(
         None, description="Local .jsonl, .json or .parquet paths (globs allowed), relative to the config file."
     )
@@ -123,7 +123,7 @@ class BenchmarkConfig(Section):
     reasoning_gym: str | None = Field(None, description="Name of a reasoning-gym task with its own scorer.")
     options: dict[str, Any] = Field({}, description="Difficulty settings of the reasoning-gym task.")
     size: PositiveInt | None = Field(None, description="Items that reasoning-gym makes.")
-    seed: int = Field(0, description="Seed of the reasoning-gym task; not a training or reference seed.")
+    seed: int = Field(0, description="reasoning-gym makes item i from the number seed + i.")
 
     @model_validator(mode="after")
     def _one_kind(self) -> BenchmarkConfig:
@@ -265,14 +265,22 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _generated_sets_are_disjoint(self) -> Config:
-        """Two reasoning-gym sets from one task and one seed hold the same examples."""
-        made: dict[tuple[str, int], str] = {}
-        sets = [(f"domains.{d.name}.{part}", getattr(d, part)) for d in self.domains for part in ("train", "reference")]
-        for where, source in sets + [(f"benchmarks.{b.name}", b) for b in self.benchmarks]:
+        """reasoning-gym makes item i of a set from the number seed + i, so two sets overlap where these ranges do."""
+        parts = [
+            (f"domains.{d.name}.{part}", getattr(d, part)) for d in self.domains for part in ("train", "reference")
+        ]
+        made: list[tuple[str, str, range]] = []
+        for where, source in [*parts, *((f"benchmarks.{b.name}", b) for b in self.benchmarks)]:
             if source.reasoning_gym:
-                other = made.setdefault((source.reasoning_gym, source.seed), where)
-                if other != where:
-                    raise ValueError(f"{where} and {other} use one reasoning-gym task with one seed; change a seed")
+                shots = getattr(source, "num_fewshot", 0) or 0
+                numbers = range(source.seed, source.seed + source.size + shots)
+                for other, task, taken in made:
+                    if task == source.reasoning_gym and numbers.start < taken.stop and taken.start < numbers.stop:
+                        raise ValueError(
+                            f"{where} and {other} share items of {task}: a set takes the seeds "
+                            f"{numbers.start} to {numbers.stop - 1}; move its seed"
+                        )
+                made.append((where, source.reasoning_gym, numbers))
         return self
 
     @property

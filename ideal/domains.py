@@ -156,7 +156,8 @@ def _encode(source: Source, where: str, encoder: ChatEncoder, account: Account, 
         listed = "\n    ".join(account.examples[:5])
         raise BadInput(
             where,
-            f"{bad} of {account.rows} rows can't be used, more than max_rejected ({max_rejected:.0%}); first:\n    {listed}",
+            f"{bad} of {account.rows} rows can't be used, more than max_rejected ({max_rejected:.0%}); "
+            f"first:\n    {listed}",
             "mend the rows, map their columns with `fields`, or raise max_rejected",
         )
     return examples

@@ -24,7 +24,8 @@ def draw(pool: int, volume: int, seed: int, domain: str) -> npt.NDArray[np.int64
     """[volume] indices into a domain's pool of `pool` unique examples."""
     order = seeded(seed, "draw", domain).permutation(pool)
     copies, rest = divmod(volume, pool)
-    return np.concatenate([np.tile(order, copies), order[:rest]]).astype(np.int64)
+    chosen: npt.NDArray[np.int64] = np.concatenate([np.tile(order, copies), order[:rest]]).astype(np.int64)
+    return chosen
 
 
 def round_volumes(volumes: Sequence[float], total: int) -> list[int]:

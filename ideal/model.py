@@ -135,7 +135,7 @@ def device() -> torch.device:
 
 
 def shapes(config: ModelConfig) -> Any:
-    """The model's configuration (layers, widths), without its weights; None where only a hub has it and can't be asked."""
+    """The model's configuration (layers, widths), without weights; None where only a hub has it that doesn't answer."""
     try:
         if config.source == "smollm2":
             return AutoConfig.from_pretrained(_smollm2_wheel(), gguf_file=SMOLLM2_FILE)

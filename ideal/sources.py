@@ -57,10 +57,7 @@ def messages(row: dict[str, Any] | None, source: Source, where: str) -> list[Mes
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise Unusable("malformed")
         has_system = bool(turns) and turns[0].get("role") == "system"
-        return ([] if has_system else start) + [
-            {"role": t.get("role", ""), "content": t.get("content")}
-            for t in turns  # type: ignore[misc]
-        ]
+        return ([] if has_system else start) + [{"role": t.get("role", ""), "content": t.get("content")} for t in turns]
     if form == "prompt":
         question, answer = value["prompt"], value["completion"]
     else:

@@ -126,7 +126,7 @@ class Trainer:
         for _, batch in batches(items[rank::world], self.batch_tokens):
             moved = batch.to(self.device)
             loss = summed_loss(supervised_logits(self.model, moved), moved)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             summed += loss.detach()
         gradients = [self.matrices.gradient, self.vectors.gradient]
         if world > 1:
@@ -182,9 +182,9 @@ class Flat:
         self.master = nn.Parameter(torch.cat([p.detach().flatten().float() for p in parameters]))
         self.gradient = self.master.grad = torch.zeros_like(self.master)
         sizes = [p.numel() for p in parameters]
-        self._places = list(zip(parameters, self.master.detach().split(sizes), strict=True))
-        for parameter, place in zip(parameters, self.gradient.split(sizes), strict=True):
-            parameter.register_post_accumulate_grad_hook(_add_to(place.view_as(parameter)))
+        self._places = list(zip(parameters, torch.split(self.master.detach(), sizes), strict=True))
+        for parameter, place in zip(parameters, torch.split(self.gradient, sizes), strict=True):
+            parameter.register_post_accumulate_grad_hook(_add_to(place.view_as(parameter)))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def write_back(self) -> None:

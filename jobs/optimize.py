@@ -1,4 +1,7 @@
-"""``ray job submit --working-dir . -- python -m jobs.optimize jobs/configs/quickstart.yaml``: ``ideal run`` as a Ray job."""
+"""``ideal run`` as a Ray job.
+
+ray job submit --working-dir . -- python -m jobs.optimize jobs/configs/quickstart.yaml
+"""
 
 from __future__ import annotations
 

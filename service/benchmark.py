@@ -86,12 +86,10 @@ class Benchmarks:
                 num_gpus=self.cluster.benchmark_gpus,
                 max_restarts=2,
                 max_task_retries=2,
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}},
             ).remote(self.config, bool(self.cluster.gpus))
         node = ray.get(self._engine.node.remote())
-        lease = leased.options(  # type: ignore[attr-defined]
-            num_cpus=threads, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-        )
+        lease = leased.options(num_cpus=threads, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
         try:
             scores: dict[str, Any] = ray.get(lease.remote(self._engine, checkpoint / MODEL, progress))
         except Exception:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -98,9 +99,11 @@ def _check_domains(config: Config, encoder: ChatEncoder | None, console: Console
         console.print(f"✓ {len(sources) - len(remote)} local sources")
         return
     domains = prepare(config, encoder, [])
-    found = {d.name: {"pool": len(d.train), "reference": len(d.reference), "account": d.account} for d in domains}
+    found: dict[str, dict[str, Any]] = {
+        d.name: {"pool": len(d.train), "reference": len(d.reference), "account": d.account} for d in domains
+    }
     for name, volume in starting_volumes(config, found).items():
-        rejected = sum(sum(part["rejected"].values()) for part in found[name]["account"].values())  # type: ignore[attr-defined]
+        rejected = sum(sum(part["rejected"].values()) for part in found[name]["account"].values())
         console.print(
             f"✓ {name}: {volume} of {found[name]['pool']} examples, {found[name]['reference']} reference, "
             f"{rejected} rows rejected"

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from ideal import config as configs
 from ideal.errors import BadInput
+from service.environment import prepare
 from service.failures import StageFailed
-from service.quiet import quieten
 
 app = typer.Typer(
     add_completion=False,
@@ -70,7 +70,7 @@ def main() -> None:
 
 def guarded(arguments: list[str]) -> int:
     """Run a command; every failure is one message and an exit status."""
-    quieten()
+    prepare()
     error = Console(stderr=True, highlight=False)
     try:
         app(arguments)

@@ -95,7 +95,6 @@ def connect(config: Config) -> Cluster:
         BadInput: no Ray at the address, too few resources, or storage that isn't shared by all nodes.
     """
     address = config.resources.address or os.environ.get("RAY_ADDRESS")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not ray.is_initialized():
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
@@ -105,8 +104,8 @@ def connect(config: Config) -> Cluster:
             raise BadInput(
                 "resources.address", f"{where}: {error}", "check `ray status`, or leave the address out"
             ) from None
-    total = ray.cluster_resources()
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    total = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     cluster = share(int(total.get("CPU", 1)), int(total.get("GPU", 0)), len(nodes), config.resources)
     if len(nodes) > 1:
         _check_shared(config.root, [node["NodeID"] for node in nodes])
@@ -139,17 +138,19 @@ class Reservation:
         self.bundles, self.seconds, self.what = bundles, seconds, what
 
     def __enter__(self) -> PlacementGroup:
-        self.group = placement_group(self.bundles)
+        group: PlacementGroup = placement_group(self.bundles)
+        self.group = group
         if not self.group.wait(self.seconds):
             remove_placement_group(self.group)
             needed = {k: sum(b.get(k, 0) for b in self.bundles) for b in self.bundles for k in b}
-            free = {k: ray.available_resources().get(k, 0) for k in needed}
+            available = ray.available_resources()  # type: ignore[no-untyped-call]
+            free = {k: available.get(k, 0) for k in needed}
             raise BadInput(
                 self.what,
                 f"needs {_list(needed)}; after {self.seconds} s the cluster has {_list(free)} free",
                 "wait for other jobs, add nodes, or raise resources.wait_seconds",
             )
-        return self.group
+        return group
 
     def __exit__(self, *exception: object) -> None:
         remove_placement_group(self.group)

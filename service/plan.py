@@ -56,7 +56,8 @@ def plan(config: Config, shapes: PretrainedConfig, cluster: Cluster, device_memo
         BadInput: SFT or a single layer's influence doesn't fit.
     """
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(shapes).parameters())
+        model = AutoModelForCausalLM.from_config(shapes)  # type: ignore[no-untyped-call]
+        parameters = sum(p.numel() for p in model.parameters())
     layers = layer_shapes(shapes, config.influence.layers)
     available = int(USABLE * (device_memory or worker_memory(cluster)))
     width = 2 if config.sft.precision == "bf16" else 4

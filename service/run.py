@@ -50,7 +50,7 @@ def run(config: Config, console: Console) -> Outcome:
         console.print(f"[bold]{config.name}[/] on {cluster.describe()}; stages in {config.root}")
         try:
             with Display(console) as display:
-                outcome = Optimisation(config, cluster, store, display, tracker.write).run()
+                outcome = Optimisation(config, cluster, store, display, tracker.keep_up).run()
         finally:
             if fresh:
                 ray.shutdown()

@@ -47,7 +47,6 @@ def sft(
     Returns:
         steps, tokens, seconds, tokens_per_second, first_loss and last_loss; the loss of every step is in steps.json.
     """
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(resources.wait_seconds)
     trainer = TorchTrainer(
         _worker,

@@ -52,6 +52,10 @@ class Tracker:
         self.uri = uri_of(config)
         self.behind = False
 
+    def keep_up(self, outcome: Outcome) -> None:
+        """Write what there is so far; a server that doesn't answer is tried again next time."""
+        self.write(outcome)
+
     def write(self, outcome: Outcome) -> bool:
         """Write what MLflow hasn't yet; False if it couldn't be reached."""
         try:

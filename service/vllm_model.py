@@ -24,7 +24,7 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
+from tqdm.asyncio import tqdm_asyncio
 from transformers import AutoConfig
 
 from ideal.errors import BadInput
@@ -268,7 +268,7 @@ class VllmModel(TemplateLM):  # type: ignore[misc]
         return self.llm.wait_for_completion(RequestOutput, use_tqdm=bar)
 
 
-class _Progress(tqdm):  # type: ignore[misc]
+class _Progress(tqdm_asyncio):  # type: ignore[type-arg]
     """vLLM's progress bar, which calls instead of printing, ten times a second at most."""
 
     monitor_interval = 0
@@ -278,7 +278,7 @@ class _Progress(tqdm):  # type: ignore[misc]
         super().__init__(**bar, file=io.StringIO(), disable=False)
 
     def display(self, *_: Any, **__: Any) -> None:
-        self.report(self.n, self.total)
+        self.report(int(self.n), int(self.total or 0))
 
 
 def _score(output: RequestOutput, answer_tokens: int) -> tuple[float, bool]:

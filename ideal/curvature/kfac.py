@@ -61,7 +61,7 @@ def eigenbasis(factor: torch.Tensor) -> Eigenbasis:
         raise FloatingPointError("isn't finite")
     try:
         values, vectors = torch.linalg.eigh(factor.double())
-    except torch.linalg.LinAlgError as error:
+    except RuntimeError as error:
         raise FloatingPointError(f"has no eigen-decomposition: {error}") from None
     return Eigenbasis(values.clamp(min=0), vectors)
 

@@ -6,7 +6,7 @@ is, so the backward pass ends at the lowest tracked layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -65,7 +65,7 @@ def record(model: nn.Module, layers: list[str]) -> Iterator[Recorder]:
     model.requires_grad_(False)
     recorder = Recorder()
 
-    def hook_for(name: str) -> object:
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             recorder.inputs[input_group(name)] = args[0].detach()
             if not output.requires_grad:
@@ -75,7 +75,7 @@ def record(model: nn.Module, layers: list[str]) -> Iterator[Recorder]:
         return hook
 
     modules = dict(model.named_modules())
-    handles = [modules[name].register_forward_hook(hook_for(name)) for name in layers]  # type: ignore[arg-type]
+    handles = [modules[name].register_forward_hook(hook_for(name)) for name in layers]
     try:
         yield recorder
     finally:
@@ -90,6 +90,6 @@ def layer_shapes(config: PretrainedConfig, patterns: list[str]) -> dict[str, tup
         BadInput: a pattern matches no layer.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     modules = dict(model.named_modules())
     return {name: tuple(modules[name].weight.shape) for name in tracked_layers(model, patterns)}
