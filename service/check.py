@@ -127,8 +127,9 @@ def _sources(config: Config) -> Iterator[tuple[str, Source]]:
 
 def _print_plan(found: Plan, config: Config, machine: cluster.Cluster, console: Console) -> None:
     console.print(
-        f"✓ memory: SFT {found.sft / GIB:.1f} GiB × {machine.sft_workers}, influence {found.influence / GIB:.1f} GiB × "
-        f"{machine.influence_workers} in {found.layer_blocks} layer blocks, of {found.available / GIB:.1f} GiB each"
+        f"✓ memory: SFT {found.sft / GIB:.1f} of {found.sft_available / GIB:.1f} GiB × {machine.sft_workers}, "
+        f"influence {found.influence / GIB:.1f} of {found.available / GIB:.1f} GiB × {machine.influence_workers} "
+        f"in {found.layer_blocks} layer blocks"
     )
     folder = config.root
     while not folder.exists():

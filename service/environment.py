@@ -1,4 +1,4 @@
-"""Settings that libraries read when they are imported: less talk, no telemetry, no waiting for a hub that isn't there."""
+"""Settings that libraries read at import: less talk, no telemetry, no waiting for a hub that doesn't answer."""
 
 from __future__ import annotations
 

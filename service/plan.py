@@ -30,7 +30,8 @@ class Plan:
     """Bytes and counts; see the module's docstring for what is in them.
 
     Attributes:
-        available: of one worker.
+        sft_available: of one SFT worker.
+        available: of one influence worker.
         scratch: on disk, while an influence is computed.
         checkpoints: on disk, for good, all iterations together.
     """
@@ -39,6 +40,7 @@ class Plan:
     tracked: int
     layer_blocks: int
     sft: int
+    sft_available: int
     influence: int
     available: int
     scratch: int
@@ -59,7 +61,8 @@ def plan(config: Config, shapes: PretrainedConfig, cluster: Cluster, device_memo
         model = AutoModelForCausalLM.from_config(shapes)  # type: ignore[no-untyped-call]
         parameters = sum(p.numel() for p in model.parameters())
     layers = layer_shapes(shapes, config.influence.layers)
-    available = int(USABLE * (device_memory or worker_memory(cluster)))
+    available = int(USABLE * (device_memory or worker_memory(cluster, cluster.influence_workers)))
+    for_sft = int(USABLE * (device_memory or worker_memory(cluster, cluster.sft_workers)))
     width = 2 if config.sft.precision == "bf16" else 4
     tokens = config.resources.batch_tokens
     hidden, vocabulary = shapes.hidden_size, shapes.vocab_size
@@ -68,11 +71,11 @@ def plan(config: Config, shapes: PretrainedConfig, cluster: Cluster, device_memo
     )
     logits = tokens * vocabulary * 4
     sft = parameters * (width + 16) + activations + logits
-    if sft * 1.0 > available:
+    if sft > for_sft:
         raise BadInput(
             "model.source",
             f"SFT of {parameters / 1e9:.2f} B parameters needs {sft / GIB:.1f} GiB in each worker, "
-            f"which has {available / GIB:.1f} GiB",
+            f"which has {for_sft / GIB:.1f} GiB",
             "take a smaller model, lower resources.batch_tokens, or set resources.gradient_checkpointing",
         )
     fixed = parameters * width + activations + logits
@@ -86,6 +89,7 @@ def plan(config: Config, shapes: PretrainedConfig, cluster: Cluster, device_memo
         sum(rows * columns for rows, columns in layers.values()),
         blocks,
         sft,
+        for_sft,
         fixed + kept,
         available,
         gradients * sets,
@@ -98,11 +102,11 @@ def layer_blocks(config: Config, model: Path, cluster: Cluster) -> int:
     return config.resources.layer_blocks or plan(config, AutoConfig.from_pretrained(model), cluster).layer_blocks
 
 
-def worker_memory(cluster: Cluster) -> int:
-    """Bytes of one worker: a GPU's, or its share of this machine's."""
+def worker_memory(cluster: Cluster, workers: int) -> int:
+    """Bytes of one of so many workers at a time: a GPU's, or its share of this machine's."""
     if cluster.gpus and torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(0).total_memory)
-    return psutil.virtual_memory().total // max(1, cluster.influence_workers)
+    return psutil.virtual_memory().total // workers
 
 
 def _blocks(config: Config, layers: dict[str, tuple[int, int]], room: int) -> int:

@@ -214,7 +214,7 @@ def _damage(folder: str, written: int) -> str | None:
                 return f"{name}: missing"
             if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
                 return f"{name}: wrong checksum"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return f"{RECORD}: {error}"
     return None
 

@@ -1,0 +1,148 @@
+"""Influence on Ray is the same numbers however the work is cut, and the numbers are the formula's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ideal.config import Config
+from ideal.curvature.accumulate import accumulate
+from ideal.curvature.layers import input_group
+from ideal.errors import BadInput
+from ideal.influence import InfluenceTable
+from ideal.model import load_model
+from service.cluster import Cluster
+from service.data import MODEL
+from service.influence import TABLE, Sample, by_cost, influence
+from service.stages import RECORD, Stage, Store
+
+VOLUMES = {"math": 12, "chat": 6}
+LAYERS = ["*.mlp.*"]
+TOLERANCE = 1e-3  # of the largest entry: fp32 sums in another order
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    from ideal.config import parse
+    from tests.service.conftest import tree
+
+    folder = tmp_path_factory.mktemp("influence")
+    made = {
+        **tree(folder / "store"),
+        "influence": {"layers": LAYERS, "examples": 20, "blocks": 4, "precision": "fp32", "damping": 0.1},
+        "resources": {"batch_tokens": 64, "wait_seconds": 60},
+    }
+    return parse(made, "test", folder)
+
+
+def sample(config: Config, data: Path) -> Sample:
+    return Sample(data, VOLUMES, config.influence, config.seed)
+
+
+def on_ray(folder: Path, config: Config, base: Path, data: Path, workers: int, layer_blocks: int) -> dict[str, Any]:
+    return influence(
+        folder,
+        checkpoint=base,
+        sample=sample(config, data),
+        config=config,
+        cluster=Cluster(cpus=2, gpus=0, nodes=1, sft_workers=1, sft_cpus=2, influence_workers=workers),
+        layer_blocks=layer_blocks,
+        progress=None,  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, ray_session: None, settings: Config, base: Path, data: Path) -> Any:
+    """One actor does it all, as a recorded stage."""
+    stage = Stage("influence", {}, {})
+    return Store(tmp_path_factory.mktemp("whole")).run(stage, lambda f: on_ray(f, settings, base, data, 1, 1))
+
+
+def test_nothing_but_the_table_remains(whole: Any) -> None:
+    """Gradients and factors are many times the model: they go when the stage is recorded."""
+    files = {str(path.relative_to(whole.folder)) for path in whole.folder.rglob("*")}
+    assert files == {RECORD, TABLE}
+
+
+@pytest.mark.parametrize(("workers", "layer_blocks", "actors"), [(2, 1, 2), (2, 2, 2)])
+@pytest.mark.usefixtures("ray_session")
+def test_shards_and_layer_blocks_change_nothing(
+    tmp_path: Path, whole: Any, settings: Config, base: Path, data: Path, workers: int, layer_blocks: int, actors: int
+) -> None:
+    result = on_ray(tmp_path, settings, base, data, workers, layer_blocks)
+    assert result["actors"] == actors
+    assert result["layers"] == whole.result["layers"]
+    ours, theirs = InfluenceTable.load(tmp_path / TABLE), InfluenceTable.load(whole.folder / TABLE)
+    scale = np.abs(theirs.products).max()
+    np.testing.assert_allclose(ours.products, theirs.products, atol=TOLERANCE * scale)
+    np.testing.assert_array_equal(ours.domain_tokens, theirs.domain_tokens)
+    np.testing.assert_array_equal(ours.reference_tokens, theirs.reference_tokens)
+    np.testing.assert_allclose(ours.reference_loss, theirs.reference_loss, rtol=1e-5)
+
+
+def test_the_matrix_is_the_formulas(whole: Any, settings: Config, base: Path, data: Path) -> None:
+    """Mean gradients by plain autograd, the curvature as a dense matrix, solved in fp64: no code shared but the pass
+    that makes A and S."""
+    model = load_model(base / MODEL, torch.float32)
+    names = whole.result["layers"]
+    blocks = sample(settings, data).blocks()
+    sums = accumulate(
+        model,
+        names,
+        blocks,
+        fisher="sampled",
+        factors=True,
+        seed=settings.seed,
+        batch_tokens=64,
+        device=torch.device("cpu"),
+        done=lambda block, gradient: None,
+    )
+    sets = [f"train/{d}" for d in VOLUMES] + [f"reference/{d}" for d in VOLUMES]
+    gradients = {name: mean_gradients(model, names, blocks, name) for name in sets}
+    expected = np.zeros((len(VOLUMES), len(VOLUMES)))
+    for name in names:
+        a, s = sums.a[input_group(name)].double(), sums.s[name].double()
+        dense = torch.kron(s / sums.positions, a / sums.positions) * sums.positions
+        dense += torch.eye(len(dense)) * settings.influence.damping * dense.diagonal().mean()
+        domain = torch.stack([gradients[f"train/{d}"][name] for d in VOLUMES], 1)
+        reference = torch.stack([gradients[f"reference/{d}"][name] for d in VOLUMES], 1)
+        expected += (torch.linalg.solve(dense, domain).T @ reference).numpy()
+    found = InfluenceTable.load(whole.folder / TABLE).matrix()
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE * np.abs(expected).max())
+
+
+def mean_gradients(model: nn.Module, names: list[str], blocks: list[Any], wanted: str) -> dict[str, torch.Tensor]:
+    """[d_out · d_in] fp64 gradient of a set's mean loss per supervised token, by layer."""
+    weights = [model.get_parameter(f"{name}.weight").requires_grad_(True) for name in names]
+    total, tokens = [torch.zeros(w.numel(), dtype=torch.float64) for w in weights], 0
+    for ids, supervised in (item for block in blocks if block.set == wanted for item in block.items):
+        inputs, targets = torch.from_numpy(ids).long(), torch.from_numpy(ids).long().clone()
+        targets[~torch.from_numpy(supervised)] = -100
+        logits = model(input_ids=inputs[None]).logits[0]
+        loss = nn.functional.cross_entropy(logits[:-1], targets[1:], reduction="sum")
+        for sum_, gradient in zip(total, torch.autograd.grad(loss, weights), strict=True):
+            sum_ += gradient.flatten().double()
+        tokens += int(supervised[1:].sum())
+    return {name: sum_ / tokens for name, sum_ in zip(names, total, strict=True)}
+
+
+def test_an_actor_that_can_not_be_had_is_said(settings: Config, base: Path, data: Path, ray_session: None) -> None:
+    short = settings.model_copy(update={"resources": settings.resources.model_copy(update={"wait_seconds": 1})})
+    with pytest.raises(BadInput) as problem:
+        on_ray(base, short, base, data, 3, 1)
+    assert problem.value.where == "influence"
+
+
+def test_solving_is_divided_by_its_cost() -> None:
+    """d³, not d: one wide layer weighs as much as many narrow ones, and an A is decomposed once."""
+    shapes = {"0.up_proj": (64, 8), "0.gate_proj": (64, 8), "0.down_proj": (8, 64)}
+    shapes |= {f"{n}.o_proj": (16, 16) for n in range(8)}
+    parts = by_cost(list(shapes), shapes, 3)
+    assert sorted(sum(parts, [])) == sorted(shapes)
+    assert ["0.up_proj", "0.gate_proj"] in parts
+    assert ["0.down_proj"] in parts

@@ -1,0 +1,323 @@
+"""A stage happens once, whole or not at all, whoever asks for it and however often."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ideal.config import Config
+from ideal.errors import BadInput
+from service.driver import Optimisation
+from service.stages import RECORD, WORK, Record, Records, Stage, Store, Unfinished, _damage
+
+STAGE = Stage("sft", {"epochs": 1.0}, {"data": "abc"})
+Work = Callable[[Path], dict[str, Any]]
+
+
+class Counted:
+    """A stage's work: two files and a result. It knows how often it ran and what it found."""
+
+    def __init__(self) -> None:
+        self.runs, self.found = 0, set[str]()
+
+    def __call__(self, folder: Path) -> dict[str, Any]:
+        self.runs += 1
+        self.found = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+        assert not (folder / RECORD).exists()  # the record comes last
+        (folder / "model").mkdir()
+        (folder / "model" / "weights").write_bytes(bytes(range(256)))
+        (folder / "steps.json").write_text("[]")
+        return {"loss": 1.5}
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    """What a process has verified it doesn't verify again; a new process does."""
+    _damage.cache_clear()
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def store(tmp_path: Path, said: list[str]) -> Store:
+    return Store(tmp_path, said.append)
+
+
+@pytest.fixture
+def recorded(store: Store) -> Record:
+    made = store.run(STAGE, Counted())
+    _damage.cache_clear()
+    return made
+
+
+def test_a_stage_runs_once_and_its_record_says_all(store: Store) -> None:
+    work = Counted()
+    first = store.run(STAGE, work)
+    second = Store(store.root).run(STAGE, work)
+    assert work.runs == 1
+    assert (first.fresh, second.fresh) == (True, False)
+    assert second.result == first.result == {"loss": 1.5}
+    body = json.loads((first.folder / RECORD).read_text())
+    assert set(body["files"]) == {"model/weights", "steps.json"}
+    assert (body["settings"], body["inputs"]) == ({"epochs": 1.0}, {"data": "abc"})
+
+
+def test_finding_a_record_writes_nothing(store: Store, recorded: Record) -> None:
+    before = {path: path.stat().st_mtime_ns for path in recorded.folder.rglob("*")}
+    store.run(STAGE, Counted())
+    assert {path: path.stat().st_mtime_ns for path in recorded.folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Stage("sft", {"epochs": 2.0}, {"data": "abc"}),
+        Stage("sft", {"epochs": 1.0}, {"data": "abd"}),
+        Stage("sft", {"epochs": 1.0}, {"model": "abc"}),
+        Stage("reference", {"epochs": 1.0}, {"data": "abc"}),
+    ],
+)
+def test_another_setting_input_or_kind_is_another_stage(other: Stage) -> None:
+    assert other.fingerprint != STAGE.fingerprint
+
+
+def test_the_order_of_settings_is_no_setting() -> None:
+    one, other = Stage("sft", {"a": 1, "b": 2}, {}), Stage("sft", {"b": 2, "a": 1}, {})
+    assert one.fingerprint == other.fingerprint
+
+
+class Listed(Store):
+    """A store that runs nothing and knows what it was asked for."""
+
+    def run(self, stage: Stage, work: Work) -> Record:
+        self.asked = [*getattr(self, "asked", []), stage]
+        results = {"math": {"pool": 24, "reference": 12, "account": {"train": {}}, "loss": 1.0, "tokens": 1}}
+        results["chat"] = results["math"]
+        if stage.kind == "influence":
+            raise Unfinished(stage.kind)
+        return Record(stage.kind, stage.fingerprint, self.root, results, 0.0, fresh=False)
+
+
+def stages(config: Config) -> dict[str, str]:
+    """Fingerprints that a run of the config starts with, by kind."""
+    from service.cluster import Cluster
+
+    store = Listed(config.root)
+    with pytest.raises(Unfinished):
+        Optimisation(config, Cluster(1, 0, 1, 1, 1, 1), store, None).run()  # type: ignore[arg-type]
+    return {stage.kind: stage.fingerprint for stage in store.asked}
+
+
+def test_where_and_how_fast_changes_no_stage(config: Config) -> None:
+    """The same run on another cluster, with another tracking server, takes the records there are."""
+    resources = config.resources.model_copy(
+        update={"sft_workers": 2, "influence_workers": 2, "layer_blocks": 3, "batch_tokens": 99, "wait_seconds": 1}
+    )
+    tracking = config.tracking.model_copy(update={"uri": "http://elsewhere"})
+    assert stages(config.model_copy(update={"resources": resources, "tracking": tracking})) == stages(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "changed"),
+    [
+        ("model", "max_tokens", 77, {"data", "sft", "reference", "influence"}),
+        ("sft", "learning_rate", 1.0, {"sft", "reference", "influence"}),
+        ("influence", "damping", 0.7, {"influence"}),
+        ("influence", "resamples", 7, set()),
+        ("equilibrium", "m", 0.7, set()),
+    ],
+)
+def test_a_setting_changes_the_stages_that_depend_on_it_and_no_other(
+    config: Config, section: str, field: str, value: object, changed: set[str]
+) -> None:
+    """A sweep over m trains D0 and computes its influence once."""
+    other = config.model_copy(update={section: getattr(config, section).model_copy(update={field: value})})
+    before, after = stages(config), stages(other)
+    assert {kind for kind in before if before[kind] != after[kind]} == changed
+
+
+def test_a_seed_changes_training_and_not_the_data(config: Config) -> None:
+    before, after = stages(config), stages(config.model_copy(update={"seed": 1}))
+    assert {kind for kind in before if before[kind] != after[kind]} == {"sft", "reference", "influence"}
+
+
+def flip(path: Path) -> None:
+    """Change one byte and leave the size and the time as they were."""
+    content, times = bytearray(path.read_bytes()), path.stat()
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink])
+@pytest.mark.parametrize("name", ["model/weights", "steps.json"])
+def test_a_damaged_file_is_noticed_and_the_stage_runs_again(
+    store: Store, recorded: Record, said: list[str], damage: Callable[[Path], None], name: str
+) -> None:
+    damage(recorded.folder / name)
+    work = Counted()
+    assert store.run(STAGE, work).fresh
+    assert work.runs == 1
+    assert work.found == {WORK}  # nothing of the damaged folder is taken over
+    assert len(said) == 1
+    assert name in said[0]
+    _damage.cache_clear()
+    assert store.find(STAGE) is not None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace('"loss": 1.5', '"loss": 0.5'),
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[]",
+    ],
+)
+def test_a_damaged_record_is_noticed_and_the_stage_runs_again(
+    store: Store, recorded: Record, said: list[str], damage: Callable[[str], str]
+) -> None:
+    """A changed number in the record is as wrong as a changed weight."""
+    path = recorded.folder / RECORD
+    path.write_text(damage(path.read_text()))
+    again = store.run(STAGE, Counted())
+    assert again.fresh
+    assert again.result == {"loss": 1.5}
+    assert RECORD in said[0]
+
+
+def test_a_folder_without_a_record_never_happened(store: Store, recorded: Record) -> None:
+    (recorded.folder / RECORD).unlink()
+    (recorded.folder / f"{RECORD}.tmp").write_text("{")  # as a crash while writing the record leaves it
+    assert store.find(STAGE) is None
+    work = Counted()
+    assert store.run(STAGE, work).fresh
+    assert work.found == {WORK}
+    assert set(json.loads((recorded.folder / RECORD).read_text())["files"]) == {"model/weights", "steps.json"}
+
+
+def test_a_retry_finds_its_work_folder_and_nothing_else_half_written(store: Store) -> None:
+    def fails(folder: Path) -> dict[str, Any]:
+        (folder / WORK / "checkpoint").write_text("step 5")
+        (folder / "half").mkdir()
+        (folder / "half" / "file").write_text("half")
+        (folder / "steps.json").write_text("half")
+        raise Broken
+
+    with pytest.raises(Broken):
+        store.run(STAGE, fails)
+    assert store.find(STAGE) is None
+    work = Counted()
+    done = store.run(STAGE, work)
+    assert work.found == {WORK, f"{WORK}/checkpoint"}
+    assert not (done.folder / WORK).exists()
+
+
+def test_a_failure_leaves_the_stage_free_for_the_next(store: Store) -> None:
+    """The lock goes with the try that held it."""
+
+    def fails(folder: Path) -> dict[str, Any]:
+        raise Broken
+
+    with pytest.raises(Broken):
+        store.run(STAGE, fails)
+    assert store.run(STAGE, Counted()).fresh
+
+
+def test_two_that_want_one_stage_run_it_once(store: Store, said: list[str]) -> None:
+    started, go_on = threading.Event(), threading.Event()
+    work = Counted()
+
+    def slow(folder: Path) -> dict[str, Any]:
+        started.set()
+        assert go_on.wait(10)
+        return work(folder)
+
+    found: list[Record] = []
+    first = threading.Thread(target=lambda: found.append(store.run(STAGE, slow)))
+    second = threading.Thread(target=lambda: found.append(Store(store.root, said.append).run(STAGE, work)))
+    first.start()
+    assert started.wait(10)
+    second.start()
+    deadline = time.time() + 10
+    while not said and time.time() < deadline:
+        time.sleep(0.01)
+    assert "waiting" in said[0]
+    assert not found  # neither has it yet
+    go_on.set()
+    first.join(10)
+    second.join(10)
+    assert work.runs == 1
+    assert sorted(each.fresh for each in found) == [False, True]
+
+
+def test_a_waiting_run_does_the_stage_itself_if_the_other_fails(store: Store, said: list[str]) -> None:
+    started = threading.Event()
+
+    def fails(folder: Path) -> dict[str, Any]:
+        started.set()
+        deadline = time.time() + 10
+        while not said and time.time() < deadline:
+            time.sleep(0.01)
+        raise Broken
+
+    def first() -> None:
+        with pytest.raises(Broken):
+            store.run(STAGE, fails)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert started.wait(10)
+    assert Store(store.root, said.append).run(STAGE, Counted()).fresh
+    thread.join(10)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_the_storages(store: Store, code: int) -> None:
+    def fails(folder: Path) -> dict[str, Any]:
+        raise OSError(code, "full")
+
+    with pytest.raises(BadInput) as problem:
+        store.run(STAGE, fails)
+    assert problem.value.where == "storage"
+    assert str(store.root) in problem.value.what
+    assert store.find(STAGE) is None
+
+
+def test_other_errors_of_files_are_not_the_storages(store: Store) -> None:
+    def fails(folder: Path) -> dict[str, Any]:
+        raise FileNotFoundError("reference")
+
+    with pytest.raises(FileNotFoundError):
+        store.run(STAGE, fails)
+
+
+def test_storage_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="storage"):
+        Store(tmp_path / "file")
+
+
+def test_records_run_nothing(store: Store) -> None:
+    work = Counted()
+    with pytest.raises(Unfinished, match="sft"):
+        Records(store.root).run(STAGE, work)
+    assert work.runs == 0
+    store.run(STAGE, work)
+    assert Records(store.root).run(STAGE, work).result == {"loss": 1.5}
+    assert work.runs == 1
