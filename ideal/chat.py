@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ideal.errors import BadInput
@@ -47,8 +48,9 @@ class ChatEncoder:
             )
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        self._special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        self._special_text = [token for token in map(str, tokenizer.all_special_tokens) if token]
+        added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = set(tokenizer.all_special_ids) | set(added)
+        self._special_text = sorted({*map(str, tokenizer.all_special_tokens), *added.values()} - {""})
         self._check_template()
 
     def encode(self, messages: list[Message]) -> Example:
@@ -67,12 +69,14 @@ class ChatEncoder:
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self._render(messages[:turn], ask=True)
-            answered = self._render(messages[: turn + 1])
+            try:
+                prompt, answered = self._render(messages[:turn], ask=True), self._render(messages[: turn + 1])
+            except TemplateError:  # roles in another order than it knows, or a system message
+                raise Unusable("the chat template refuses it") from None
             if not (prompt.startswith(done) and answered.startswith(prompt)):
                 raise Unusable("the chat template rewrites earlier turns")
             before, answer = self._ids(prompt[len(done) :]), self._ids(answered[len(prompt) :])
-            end = self._end(answer)
+            end = self._end(answer, answered[len(prompt) :], message["content"])
             ids += before + answer
             supervised += [False] * len(before) + [i <= end for i in range(len(answer))]
             done = answered
@@ -89,9 +93,12 @@ class ChatEncoder:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _end(self, answer: list[int]) -> int:
-        """Position of the end token: the first special token behind the answer."""
-        return next((i for i, token in enumerate(answer) if token in self._special), len(answer) - 1)
+    def _end(self, answer: list[int], text: str, content: str) -> int:
+        """Position of the end token: the first special token behind the answer's content, wherever that begins."""
+        lead, found, _ = text.partition(content.strip())
+        skip = sum(token in self._special for token in self._ids(lead)) if found and lead else 0
+        special = [i for i, token in enumerate(answer) if token in self._special]
+        return special[skip] if skip < len(special) else len(answer) - 1
 
     def _check_template(self) -> None:
         question: list[Message] = [{"role": "user", "content": "Are you there?"}]
@@ -100,7 +107,7 @@ class ChatEncoder:
             prompt, answered = self._render(question, ask=True), self._render(question + answer)
         except Exception as error:  # Jinja raises whatever the template's author chose
             raise BadInput("model.source", f"its chat template fails: {error}", "mend the template") from None
-        tail = self._ids(answered[len(prompt) :])
+        tail = self._ids(answered[len(prompt) :].partition("Yes.")[2])
         if not answered.startswith(prompt):
             raise BadInput(
                 "model.source",

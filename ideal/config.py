@@ -175,6 +175,12 @@ class InfluenceConfig(Section):
         "bf16", description="Arithmetic of the model's passes; products and sums are always fp32."
     )
 
+    @model_validator(mode="after")
+    def _no_block_is_empty(self) -> InfluenceConfig:
+        if self.examples < self.blocks:
+            raise ValueError(f"`examples` ({self.examples}) must be at least `blocks` ({self.blocks})")
+        return self
+
 
 class EquilibriumConfig(Section):
     """How influences become volumes."""

@@ -37,7 +37,7 @@ class Update:
     Attributes:
         value: e_j (``balanced``) or w_j·a_j (``paper``); positive: more of the domain lowers the loss.
         low, high: the value's bootstrap interval.
-        sign: probability that the value's sign is right, from 0.5 to 1.
+        sign: share of the resamples that have the value's sign.
         beta: relative change of each volume, before rounding.
         volumes: examples in the next mixture.
     """
@@ -116,9 +116,7 @@ def update(
     else:
         beta = project(wanted, np.asarray(volumes, float), lowest, highest)
         new = round_volumes(list(np.asarray(volumes) * (1 + beta)), sum(volumes))
-    return Update(
-        value.tolist(), low.tolist(), high.tolist(), np.maximum(right, 1 - right).tolist(), beta.tolist(), new
-    )
+    return Update(value.tolist(), low.tolist(), high.tolist(), right.tolist(), beta.tolist(), new)
 
 
 def limits(volumes: Sequence[int], pools: Sequence[int], config: EquilibriumConfig, m: float) -> tuple[Array, Array]:
@@ -127,12 +125,13 @@ def limits(volumes: Sequence[int], pools: Sequence[int], config: EquilibriumConf
     Raises:
         BadInput: a volume already lies outside.
     """
-    v, n = np.asarray(volumes, float), np.asarray(pools, float)
-    if (v < config.floor).any() or (v > config.max_copies * n).any():
+    v = np.asarray(volumes, float)
+    most = np.floor(config.max_copies * np.asarray(pools, float) + 1e-9)  # whole, so that rounding can't pass it
+    if (v < config.floor).any() or (v > most).any():
         raise BadInput(
             "equilibrium", "a starting volume lies outside floor and max_copies", "widen them, or change the volumes"
         )
-    return np.maximum(-m, config.floor / v - 1), np.minimum(m, config.max_copies * n / v - 1)
+    return np.maximum(-m, config.floor / v - 1), np.minimum(m, most / v - 1)
 
 
 def project(beta: Array, volumes: Array, low: Array, high: Array) -> Array:

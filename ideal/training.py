@@ -102,7 +102,8 @@ class Trainer:
             self.model.gradient_checkpointing_enable()  # type: ignore[operator]
         self.matrices = Flat([p for p in self.model.parameters() if p.ndim >= 2])
         self.vectors = Flat([p for p in self.model.parameters() if p.ndim < 2])
-        self.model.to(DTYPES[config.precision])
+        for parameter in self.model.parameters():  # the parameters alone: rounded rotary frequencies shift positions
+            parameter.data = parameter.data.to(DTYPES[config.precision])
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [self.matrices.master], "weight_decay": config.weight_decay},
@@ -118,6 +119,9 @@ class Trainer:
 
         Args:
             items: the global batch.
+
+        Raises:
+            FloatingPointError: the gradient isn't finite; the weights are as before.
         """
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         items = sorted(items, key=length)
@@ -135,6 +139,8 @@ class Trainer:
         for gradient in gradients:
             gradient /= targets
         norm = nn.utils.clip_grad_norm_([self.matrices.master, self.vectors.master], self.config.clip_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"SFT: the gradient of step {step.number} isn't finite; lower sft.learning_rate")
         for group in self.optimizer.param_groups:
             group["lr"] = step.rate
         self.optimizer.step()

@@ -6,12 +6,16 @@ here) is listed, so that a run meant for a cluster can be checked on a laptop.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import ray
 from rich.console import Console
+from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from ideal.benchmarks import tasks
@@ -58,8 +62,34 @@ def dry_run(config: Config, console: Console) -> None:
         _print_plan(plan(config, known, machine), config, machine, console)
     _print_stages(config, console)
     for line in elsewhere:
-        console.print(f"[yellow]not here[/] {line}", soft_wrap=True)
+        console.print(f"[yellow]not here[/] {escape(line)}", soft_wrap=True)
     console.print("This machine can't start it; one that has the above can." if elsewhere else "Ready to run.")
+
+
+def before_start(config: Config) -> None:
+    """What a run would else find only once Ray is up and stages are recorded.
+
+    Raises:
+        BadInput: a file or the model isn't there, a domain has fewer rows than its volume, or this machine has too
+            few GPUs.
+    """
+    tasks.check(config.benchmarks, allow_code_execution=config.allow_code_execution)
+    local_folder(config.model)
+    read_template(config.model)
+    for where, source in _sources(config):
+        files_of(source, where)
+    for domain in config.domains:
+        where = f"domains.{domain.name}.train"
+        if domain.volume and not domain.train.hub:
+            found = sum(1 for _ in islice(rows(domain.train, where), domain.volume))
+            if found < domain.volume:
+                raise BadInput(
+                    f"domains.{domain.name}.volume",
+                    f"asks for {domain.volume} examples, but its source has {found} rows",
+                    "lower the volume or give more rows",
+                )
+    if not (config.resources.address or os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
+        cluster.local(config)
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase | None:

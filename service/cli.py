@@ -8,12 +8,14 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ideal import config as configs
 from ideal.errors import BadInput
 from service.environment import prepare
 from service.failures import StageFailed
 
+INTERRUPTED = 130
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -75,14 +77,14 @@ def guarded(arguments: list[str]) -> int:
     try:
         app(arguments)
     except BadInput as problem:
-        error.print(f"[red]error[/] {problem}", markup=True)
+        error.print(f"[red]error[/] {escape(str(problem))}")
         return 2
     except StageFailed as failure:
-        error.print(f"[red]failed[/] {failure}", markup=True)
+        error.print(f"[red]failed[/] {escape(str(failure))}")
         return 1
-    except KeyboardInterrupt:
-        error.print("stopped; the same command goes on from the last finished stage")
-        return 130
-    except SystemExit as end:
-        return int(end.code or 0)
+    except (KeyboardInterrupt, SystemExit) as end:
+        status = INTERRUPTED if isinstance(end, KeyboardInterrupt) else int(end.code or 0)
+        if status == INTERRUPTED:  # typer turns Ctrl-C into this exit
+            error.print("stopped; the same command goes on from the last finished stage")
+        return status
     return 0

@@ -10,7 +10,7 @@ from ideal.benchmarks import tasks
 from ideal.chat import ChatEncoder
 from ideal.config import Config, ModelConfig
 from ideal.domains import prepare
-from ideal.model import load_tokenizer, local_folder, materialise
+from ideal.model import load_tokenizer, local_folder, materialise, read_template
 from ideal.sources import files_of
 from service.progress import Reporter
 
@@ -34,8 +34,9 @@ def model_settings(config: ModelConfig) -> dict[str, Any]:
     origin = local_folder(config)
     if origin:
         settings["source"] = {f.name: _digest(f) for f in sorted(origin.iterdir()) if f.is_file()}
-    if config.chat_template:
-        settings["chat_template"] = _digest(Path(config.chat_template))
+    template = read_template(config)
+    if template is not None:
+        settings["chat_template"] = hashlib.sha256(template.encode()).hexdigest()
     return settings
 
 

@@ -130,6 +130,7 @@ def heatmap(iteration: Iteration, config: Config) -> Figure:
     tail = (1 - config.influence.confidence) / 2
     low, high = np.quantile(cloud, [tail, 1 - tail], axis=0)
     scale = np.abs(matrix).max(0, keepdims=True)
+    scale[scale == 0] = 1
     domains = list(iteration.volumes)
     figure, axes = plt.subplots(figsize=(2 + 1.5 * len(domains), 1.5 + 0.7 * len(domains)), layout="constrained")
     image = axes.imshow(matrix / scale, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")

@@ -13,11 +13,11 @@ from typing import Any
 
 import ray
 from rich.console import Console
+from rich.markup import escape
 
-from ideal.benchmarks import tasks
 from ideal.config import Config
 from ideal.errors import BadInput
-from service import report
+from service import check, report
 from service.cluster import Cluster, connect
 from service.driver import Optimisation, Outcome
 from service.progress import Display
@@ -35,9 +35,8 @@ def run(config: Config, console: Console) -> Outcome:
     started = time.time()
 
     def notice(line: str) -> None:
-        console.print(f"[yellow]![/] {line}")
+        console.print(f"[yellow]![/] {escape(line)}")
 
-    tasks.check(config.benchmarks, allow_code_execution=config.allow_code_execution)
     folder = run_folder(config)
     store = Store(config.root, notice)
     tracker = Tracker(config, run_key(config), folder, notice)
@@ -45,6 +44,7 @@ def run(config: Config, console: Console) -> Outcome:
     if outcome.stopped:
         console.print("every stage of this run is recorded: nothing to do")
     else:
+        check.before_start(config)
         fresh = not ray.is_initialized()
         cluster = connect(config)
         console.print(f"[bold]{config.name}[/] on {cluster.describe()}; stages in {config.root}")
@@ -65,7 +65,9 @@ def run(config: Config, console: Console) -> Outcome:
 
 def sync(config: Config, console: Console) -> bool:
     """Write to MLflow what it hasn't of a run, finished or not; False if it couldn't be reached."""
-    notice = console.print
+    def notice(line: str) -> None:
+        console.print(escape(line))
+
     outcome = replay(config, notice)
     if not outcome.iterations:
         raise BadInput("sync", "nothing of this run is recorded yet", "run it first")

@@ -124,7 +124,7 @@ def outcome(tmp_path: Path) -> Outcome:
         "used": 23,
         "rejected": {"empty": 1},
         "rejected_rows": ["a.jsonl:7: empty"],
-        "overlapping": 0,
+        "overlapping": 2,
     }
     found = {
         domain: {"pool": 23, "reference": 12, "tokens_per_example": 5.0, "account": {"train": account}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,15 @@ def test_a_killed_worker_goes_on_from_its_checkpoint(
     tmp_path: Path, alone: tuple[Path, dict[str, Any]], base: Path, data: Path
 ) -> None:
     """Killed once, in step 5 with a checkpoint behind step 3: it goes on with step 4 to the same weights."""
-    seen = tmp_path / "seen"
+    seen, work = tmp_path / "seen", tmp_path / "killed" / WORK
 
     def dies_once(message: str, done: int, total: int) -> None:
         before = seen.read_text() if seen.exists() else ""
         seen.write_text(f"{before}{done} ")
         if done == 5 and "5" not in before:
+            deadline = time.time() + 60
+            while not list(work.rglob("checkpoint_manager_snapshot.json")) and time.time() < deadline:
+                time.sleep(0.1)  # Ray Train hasn't heard of the checkpoint yet
             os.kill(os.getpid(), signal.SIGKILL)
 
     fit(tmp_path / "killed", base, data, 1, dies_once)

@@ -1,0 +1,258 @@
+"""``ideal run`` from its first line to its last: D0 → D1 → D2 on a tiny model, again, and killed in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from mlflow import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from tests.tiny import make_model
+
+IDEAL = Path(sys.executable).parent / "ideal"
+VOLUMES = {"sums": 32, "words": 96, "echo": 32}
+COPIES = 3
+
+
+def settings(model: Path, echo: Path) -> dict[str, Any]:
+    """Three domains that a random model learns something of in ten steps; nothing is decided by a hair."""
+    sums = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
+    words = {"min_word_len": 3, "max_word_len": 5}
+
+    def made(task: str, options: dict[str, int], seed: int, size: int) -> dict[str, Any]:
+        return {"reasoning_gym": task, "options": options, "seed": seed, "size": size}
+
+    return {
+        "name": "tiny",
+        "model": {"source": str(model), "max_tokens": 256},
+        "domains": [
+            {
+                "name": "sums",
+                "volume": VOLUMES["sums"],
+                "train": made("chain_sum", sums, 0, 128),
+                "reference": made("chain_sum", sums, 1000, 32),
+            },
+            {
+                "name": "words",
+                "volume": VOLUMES["words"],
+                "train": made("spell_backward", words, 0, 160),
+                "reference": made("spell_backward", words, 1000, 32),
+            },
+            {
+                "name": "echo",
+                "volume": VOLUMES["echo"],
+                "train": {"files": [str(echo)], "rows": [0, 128]},
+                "reference": {"files": [str(echo)], "rows": [128, 160]},
+            },
+        ],
+        "benchmarks": [
+            {**made("chain_sum", sums, 2000, 8), "name": "sums", "max_new_tokens": 8},
+            {**made("spell_backward", words, 2000, 8), "name": "words", "max_new_tokens": 8},
+        ],
+        "sft": {"learning_rate": 3e-3, "batch_examples": 16, "precision": "fp32"},
+        "influence": {"layers": ["*.mlp.*"], "examples": 64, "blocks": 4, "precision": "fp32", "confidence": 0.01},
+        "equilibrium": {"iterations": 2, "m": 0.5, "tolerance": 0.0, "retries": 5},
+        "resources": {"sft_workers": 2, "influence_workers": 1, "vllm_memory": 0.125, "checkpoint_steps": 4},
+    }
+
+
+@dataclass
+class Ended:
+    status: int
+    output: str
+    seconds: float
+
+
+class Command:
+    """``ideal run`` of one config in processes of its own, with a storage and a Ray folder of its own."""
+
+    def __init__(self, folder: Path, tree: dict[str, Any]) -> None:
+        self.storage, self.config = folder / "store", folder / "config.yaml"
+        self.config.write_text(yaml.safe_dump({**tree, "storage": str(self.storage)}))
+        self.ray = tempfile.mkdtemp(prefix="ray-")  # sockets need a short path
+        self.output = folder / "output"
+        self.environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+        self.environment |= {"RAY_TMPDIR": self.ray, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        with self.output.open("wb") as output:
+            return subprocess.Popen(
+                [IDEAL, *(arguments or ("run",)), self.config],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                cwd=self.storage.parent,
+                start_new_session=True,
+            )
+
+    def __call__(self, *arguments: str) -> Ended:
+        started = time.time()
+        status = self.start(*arguments).wait(timeout=270)
+        return Ended(status, self.output.read_text(), time.time() - started)
+
+    def records(self, kind: str = "*") -> dict[Path, tuple[int, int]]:
+        """Recorded stages; a stage that ran again has another file or another time."""
+        found = (self.storage / "stages").glob(f"{kind}/*/stage.json")
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything that this command's runs started and that still runs."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("RAY_TMPDIR") == self.ray and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def alone(self, seconds: float) -> bool:
+        """Whether nothing of it runs any more, within so many seconds."""
+        deadline = time.time() + seconds
+        while self.processes():
+            if time.time() > deadline:
+                return False
+            time.sleep(0.2)
+        return True
+
+    def clean(self) -> None:
+        for process in self.processes():
+            process.kill()
+        shutil.rmtree(self.ray, ignore_errors=True)
+
+    def report(self) -> dict[str, Any]:
+        (path,) = (self.storage / "runs").glob("*/report.json")
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("inputs")
+    rows = [{"question": f"Say {n} twice.", "answer": f"{n} {n}"} for n in range(1000, 1160)]
+    (folder / "echo.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made = settings(make_model(folder / "model", layers=2, hidden=64), folder / "echo.jsonl")
+    for part in ("train", "reference"):
+        made["domains"][2][part]["fields"] = {"prompt": "question", "completion": "answer"}
+    return made
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]) -> Iterator[Command]:
+    made = Command(tmp_path_factory.mktemp("whole"), tree)
+    yield made
+    made.clean()
+
+
+@pytest.fixture(scope="module")
+def whole(command: Command) -> Ended:
+    """The run that nothing disturbs."""
+    return command()
+
+
+def test_it_ends_with_its_table_and_where_to_look(command: Command, whole: Ended) -> None:
+    assert whole.status == 0, whole.output
+    for word in ("D0", "D1", "D2", "volume (examples)", "reference loss", "benchmark score", "all 2 iterations done"):
+        assert word in whole.output
+    (report,) = (command.storage / "runs").glob("*/report.md")
+    assert f"Report: {report}" in whole.output
+    assert f"mlflow ui --backend-store-uri sqlite:///{command.storage}/mlflow.db" in whole.output
+    assert "Traceback" not in whole.output
+
+
+@pytest.mark.usefixtures("whole")
+def test_every_stage_is_recorded_once_and_nothing_else_is_left(command: Command) -> None:
+    counts = {kind: len(command.records(kind)) for kind in ("model", "data", "sft", "influence", "benchmark")}
+    assert counts == {"model": 1, "data": 1, "sft": 3, "influence": 2, "benchmark": 3}
+    folders = [path for path in (command.storage / "stages").glob("*/*")]
+    assert {path / "stage.json" for path in folders} == set(command.records())
+    assert command.alone(20), command.processes()
+
+
+@pytest.mark.usefixtures("whole")
+def test_volumes_keep_their_total(command: Command) -> None:
+    volumes = [each["volumes"] for each in command.report()["iterations"]]
+    assert volumes[0] == VOLUMES
+    assert len({tuple(each.values()) for each in volumes}) == COPIES, "a mixture didn't change"
+    assert {sum(each.values()) for each in volumes} == {sum(VOLUMES.values())}
+
+
+@pytest.mark.usefixtures("whole")
+def test_mlflow_has_the_optimisation_with_its_iterations(command: Command) -> None:
+    client = MlflowClient(f"sqlite:///{command.storage / 'mlflow.db'}")
+    found = client.search_runs([client.get_experiment_by_name("ideal").experiment_id])
+    (parent,) = [run for run in found if MLFLOW_PARENT_RUN_ID not in run.data.tags]
+    children = [run for run in found if run.data.tags.get(MLFLOW_PARENT_RUN_ID) == parent.info.run_id]
+    assert len(children) == COPIES
+    history = client.get_metric_history(parent.info.run_id, "objective")
+    assert [m.step for m in history] == [0, 1, 2]
+    assert [m.value for m in history] == [each["objective"] for each in command.report()["iterations"]]
+
+
+def test_a_second_run_does_no_work(command: Command, whole: Ended) -> None:
+    before = command.records()
+    again = command()
+    assert again.status == 0
+    assert "nothing to do" in again.output
+    assert command.records() == before
+    assert again.seconds < whole.seconds / 2
+    assert table(again.output) == table(whole.output)
+
+
+def table(output: str) -> list[str]:
+    return [line for line in output.splitlines() if "│" in line]
+
+
+def wait_for(found: Any, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    deadline = time.time() + seconds
+    while not found():
+        assert process.poll() is None, "it ended too early"
+        assert time.time() < deadline, "it doesn't come"
+        time.sleep(0.05)
+
+
+def test_killed_at_any_moment_it_goes_on_and_ends_the_same(
+    tmp_path: Path, tree: dict[str, Any], command: Command, whole: Ended
+) -> None:
+    """Killed with SIGKILL while influence and benchmarks of D0 run: the second start trains no D0 again."""
+    killed = Command(tmp_path, tree)
+    try:
+        process = killed.start()
+        half = killed.storage / "stages" / "influence"
+        wait_for(lambda: killed.records("sft") and list(half.glob("*/*/*/*")), process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert killed.alone(30), killed.processes()
+        before = killed.records()
+        assert not killed.records("influence")
+        ended = killed()
+        assert ended.status == 0, ended.output
+        after = killed.records()
+        assert {path: after[path] for path in before} == before
+        same(killed.report(), command.report())
+        assert {path.parent.name for path in after} == {path.parent.name for path in command.records()}
+    finally:
+        killed.clean()
+
+
+def same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert len(ours["iterations"]) == len(theirs["iterations"])
+    for mine, other in zip(ours["iterations"], theirs["iterations"], strict=True):
+        assert mine["volumes"] == other["volumes"]
+        for domain, losses in other["reference"].items():
+            assert mine["reference"][domain]["loss"] == pytest.approx(losses["loss"], rel=1e-5)
+        assert mine["benchmarks"] == other["benchmarks"]

@@ -1,0 +1,128 @@
+"""The damped inverse of a Kronecker product, at a damping so small that a wrong one shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ideal.curvature.kfac import Eigen, curvature, eigenbasis
+from ideal.influence import layer_products
+
+D_OUT, D_IN, SCALE = 5, 7, 2.5
+BOUND = 1e-9
+"""Relative error allowed to the right answer; every wrong one misses it by far more."""
+
+
+def factor(d: int, seed: int) -> torch.Tensor:
+    """A covariance with eigenvalues over two orders of magnitude, as real factors have."""
+    random = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(d, d, generator=random, dtype=torch.float64))
+    return (q * torch.logspace(-2, 0, d, dtype=torch.float64)) @ q.T
+
+
+A, S = factor(D_IN, 1), factor(D_OUT, 2)
+G = torch.randn(D_OUT, D_IN, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+F = SCALE * torch.kron(S, A)
+
+
+def solved(damping: float) -> Eigen:
+    return curvature(eigenbasis(A), eigenbasis(S), SCALE, damping, torch.float64)
+
+
+def dense(damping: float, gradient: torch.Tensor = G) -> torch.Tensor:
+    damped = F + damping * torch.diag(F).mean() * torch.eye(len(F), dtype=torch.float64)
+    return torch.linalg.solve(damped, gradient.flatten()).view_as(gradient)
+
+
+def error(found: torch.Tensor, right: torch.Tensor) -> float:
+    """Relative error at the best common scale: a wrong unit alone doesn't count as wrong."""
+    found = found * (found * right).sum() / (found * found).sum()
+    return float((found - right).norm() / right.norm())
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.1])
+def test_solve_is_the_dense_inverse_and_nothing_else_is(damping: float) -> None:
+    eigen, right = solved(damping), dense(damping)
+    torch.testing.assert_close(eigen.solve(G), right, rtol=BOUND, atol=BOUND)
+    q_s, q_a, values = eigen.q_s, eigen.q_a, eigen.curvature
+    undamped = values - damping * torch.diag(F).mean()
+    wrong = {
+        "identity": G,
+        "rotated with Q G Qᵀ": q_s.T @ ((q_s @ G @ q_a.T) / values) @ q_a,
+        "H instead of its inverse": q_s @ (eigen.rotate(G) * values) @ q_a.T,
+        "no damping": q_s @ (eigen.rotate(G) / undamped) @ q_a.T,
+        "A and S damped one by one": torch.linalg.solve(
+            S + damping * torch.diag(S).mean() * torch.eye(D_OUT, dtype=torch.float64), G
+        )
+        @ torch.linalg.inv(A + damping * torch.diag(A).mean() * torch.eye(D_IN, dtype=torch.float64)),
+    }
+    for what, answer in wrong.items():
+        assert error(answer, right) > 0.02, what
+
+
+def test_a_large_damping_would_hide_them() -> None:
+    """Why the tests above are at a small one."""
+    assert error(G, dense(1000.0)) < 0.02
+
+
+def test_damping_is_relative_to_the_layers_mean_eigenvalue() -> None:
+    larger = curvature(eigenbasis(9 * A), eigenbasis(4 * S), SCALE, 0.1, torch.float64)
+    torch.testing.assert_close(36 * larger.solve(G), solved(0.1).solve(G))
+    values = torch.linalg.eigvalsh(F)
+    assert solved(0.1).condition == pytest.approx(float(values[-1] / values[0]))
+    torch.testing.assert_close(solved(0.1).curvature.flatten().sort().values, values + 0.1 * values.mean())
+
+
+def test_products_are_those_of_solve() -> None:
+    """Only one side is rotated back in the definition, neither in the code."""
+    random = torch.Generator().manual_seed(4)
+    gradients = {
+        (side, b): torch.randn(D_OUT, D_IN, generator=random, dtype=torch.float64)
+        for side in ("domain", "reference")
+        for b in range(3)
+    }
+    found = layer_products(solved(0.05), 2, 3, lambda side, b: gradients[side, b])
+    plain = layer_products(None, 2, 3, lambda side, b: gradients[side, b])
+    for j in range(2):
+        for r in range(3):
+            domain, reference = gradients["domain", j], gradients["reference", r]
+            assert found[j, r] == pytest.approx(float((reference * dense(0.05, domain)).sum()))
+            assert plain[j, r] == pytest.approx(float((reference * domain).sum()))
+
+
+def test_exact_for_one_position_of_a_linear_model() -> None:
+    """There the Fisher is E_y[(g gᵀ)] ⊗ a aᵀ: K-FAC approximates nothing."""
+    random = torch.Generator().manual_seed(5)
+    w = torch.randn(D_OUT, D_IN, generator=random, dtype=torch.float64, requires_grad=True)
+    a = torch.randn(D_IN, generator=random, dtype=torch.float64)
+    p = (w @ a).detach().softmax(0)
+    fisher, s = torch.zeros(D_OUT * D_IN, D_OUT * D_IN, dtype=torch.float64), torch.zeros(D_OUT, D_OUT).double()
+    for label in range(D_OUT):
+        (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(w @ a, torch.tensor(label)), w)
+        fisher += p[label] * torch.outer(gradient.flatten(), gradient.flatten())
+        g = p - torch.eye(D_OUT, dtype=torch.float64)[label]
+        s += p[label] * torch.outer(g, g)
+    eigen = curvature(eigenbasis(torch.outer(a, a)), eigenbasis(s), 1.0, 0.05, torch.float64)
+    damped = fisher + 0.05 * torch.diag(fisher).mean() * torch.eye(len(fisher), dtype=torch.float64)
+    expected = torch.linalg.solve(damped, G.flatten()).view_as(G)
+    torch.testing.assert_close(eigen.solve(G), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_factors_are_decomposed_in_fp64() -> None:
+    """The small eigenvalues of an fp32 factor decide the inverse, and an fp32 decomposition loses them."""
+    wide = factor(40, 6) @ factor(40, 6)
+    values = eigenbasis(wide.float()).values
+    assert values.dtype == torch.float64
+    exact = torch.linalg.eigvalsh(wide.float().double())
+    torch.testing.assert_close(values, exact, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_factor_that_is_not_finite_is_refused(broken: float) -> None:
+    with pytest.raises(FloatingPointError, match="finite"):
+        eigenbasis(torch.full((2, 2), broken))
+
+
+def test_a_layer_without_curvature_is_refused() -> None:
+    with pytest.raises(FloatingPointError, match="no gradient"):
+        curvature(eigenbasis(A), eigenbasis(torch.zeros(D_OUT, D_OUT)), 1.0, 0.1, torch.float64)

@@ -1,0 +1,148 @@
+"""What is trained on, exactly: the answers' tokens and the end tokens behind them, whatever the template does."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from ideal.chat import ChatEncoder, Message, Unusable
+from ideal.errors import BadInput
+from tests.tiny import CHAT_TEMPLATE, make_tokenizer
+
+TALK: list[Message] = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "What is 12 + 34?"},
+    {"role": "assistant", "content": "46.\n"},
+    {"role": "user", "content": "And backward?"},
+    {"role": "assistant", "content": "64, the other way round"},
+]
+HARMONY = CHAT_TEMPLATE.replace(
+    "+ message['content']", "+ ('<|lead|>final<|lead|>' if message['role'] == 'assistant' else '') + message['content']"
+)
+PICKY = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+def test_answers_and_their_end_tokens_are_supervised_and_nothing_else(tokenizer: PreTrainedTokenizerFast) -> None:
+    found = ChatEncoder(tokenizer, 512).encode(TALK)
+    spans: list[list[int]] = []
+    for before, token, is_in in zip([False, *found.supervised], found.ids, found.supervised, strict=False):
+        if is_in:
+            spans += [[]] if not before else []
+            spans[-1].append(token)
+    assert [tokenizer.decode(span) for span in spans] == ["46.\n<|im_end|>", "64, the other way round<|im_end|>"]
+    assert tokenizer.decode(found.ids) == tokenizer.apply_chat_template(TALK, tokenize=False)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert [span[-1] for span in spans] == [end, end]
+    assert not found.supervised[-1], "the newline behind the end token"
+    assert found.prompt == "What is 12 + 34?\nAnd backward?"
+
+
+@pytest.mark.parametrize("turn", [2, 4])
+def test_a_prompt_is_what_the_model_sees_when_it_is_asked(tokenizer: PreTrainedTokenizerFast, turn: int) -> None:
+    """However long it is: a mask at a fixed place would be wrong for all but one length."""
+    found = ChatEncoder(tokenizer, 512).encode(TALK[: turn + 1])
+    asked = tokenizer.apply_chat_template(TALK[:turn], add_generation_prompt=True, return_dict=False)
+    assert found.ids[: len(asked)] == asked
+    assert found.supervised[len(asked)]
+    assert not found.supervised[len(asked) - 1]
+
+
+def test_a_merge_across_the_border_is_not_taken(tokenizer: PreTrainedTokenizerFast) -> None:
+    """An answer's first letters could make one token with the prompt's last; the model is never asked that way."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the dog"}]
+    asked = tokenizer.apply_chat_template(talk[:1], add_generation_prompt=True, return_dict=False)
+    found = ChatEncoder(tokenizer, 512).encode(talk)
+    assert found.ids[: len(asked)] == asked
+    whole = tokenizer.apply_chat_template(talk, return_dict=False)
+    assert whole[: len(asked)] != asked, "the whole text at once would show"
+
+
+@pytest.mark.parametrize(
+    ("talk", "reason"),
+    [
+        ([], "empty"),
+        ([{"role": "user", "content": " "}, TALK[2]], "empty"),
+        ([TALK[1], {"role": "assistant", "content": "\n"}], "empty"),
+        ([TALK[1], {"role": "assistant", "content": None}], "malformed"),
+        ([{"role": "robot", "content": "Hi"}, TALK[2]], "malformed"),
+        ([{"content": "Hi"}, TALK[2]], "malformed"),
+        ([TALK[1]], "no supervised token"),
+        ([TALK[1], {"role": "assistant", "content": "no <|im_end|> of it"}], "special tokens"),
+        ([{"role": "user", "content": "<|endoftext|>"}, TALK[2]], "special tokens"),
+        ([TALK[1], {"role": "assistant", "content": "la " * 60}], r"longer than max_tokens \(50\)"),
+    ],
+)
+def test_what_can_not_be_used_says_why(tokenizer: PreTrainedTokenizerFast, talk: list[Message], reason: str) -> None:
+    with pytest.raises(Unusable, match=reason):
+        ChatEncoder(tokenizer, 50).encode(talk)
+
+
+def test_an_answer_of_exactly_the_limit_is_used(tokenizer: PreTrainedTokenizerFast) -> None:
+    n = len(ChatEncoder(tokenizer, 512).encode(TALK).ids)
+    ChatEncoder(tokenizer, n).encode(TALK)
+    with pytest.raises(Unusable):
+        ChatEncoder(tokenizer, n - 1).encode(TALK)
+
+
+def test_special_tokens_before_the_answer_do_not_end_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|lead|>"]})
+    tokenizer.chat_template = HARMONY
+    found = ChatEncoder(tokenizer, 512).encode(TALK[1:3])
+    trained = [token for token, is_in in zip(found.ids, found.supervised, strict=True) if is_in]
+    assert tokenizer.decode(trained) == "<|lead|>final<|lead|>46.\n<|im_end|>"
+
+
+def test_added_words_that_are_not_special_do_not_end_an_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Some tokenizers add runs of spaces: the mask would end at a program's first indented line."""
+    tokenizer.add_tokens(["    "])
+    found = ChatEncoder(tokenizer, 512).encode([TALK[1], {"role": "assistant", "content": "def f():\n    return 1"}])
+    trained = [token for token, is_in in zip(found.ids, found.supervised, strict=True) if is_in]
+    assert tokenizer.decode(trained) == "def f():\n    return 1<|im_end|>"
+
+
+def test_a_special_token_without_a_name_is_refused_too(tokenizer: PreTrainedTokenizerFast) -> None:
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken("<|header|>", special=True)], special_tokens=True)
+    with pytest.raises(Unusable, match="special tokens"):
+        ChatEncoder(tokenizer, 512).encode([{"role": "user", "content": "<|header|>system"}, TALK[2]])
+
+
+def test_a_row_that_the_template_refuses_is_a_row_not_a_crash(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = PICKY
+    encoder = ChatEncoder(tokenizer, 512)
+    encoder.encode(TALK[1:])
+    with pytest.raises(Unusable, match="refuses"):
+        encoder.encode(TALK)
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        (None, "no chat template"),
+        ("{{ nonsense(", "fails"),
+        (CHAT_TEMPLATE.replace("<|im_end|>", "END"), "without an end token"),
+        (HARMONY.replace("<|lead|>final", "").replace("<|im_end|>", ""), "without an end token"),
+        (CHAT_TEMPLATE.replace("<|im_start|>assistant\\n'", "<|im_start|>assistant\\nHmm'"), "no prefix"),
+    ],
+)
+def test_templates_that_can_not_be_used(tokenizer: PreTrainedTokenizerFast, template: str | None, problem: str) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|lead|>"]})
+    tokenizer.chat_template = template
+    with pytest.raises(BadInput, match=f"model.source.*{problem}"):
+        ChatEncoder(tokenizer, 512)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_told(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = "{% if messages | length > 3 %}{{ 'long' }}{% endif %}" + CHAT_TEMPLATE
+    with pytest.raises(Unusable, match="rewrites earlier turns"):
+        ChatEncoder(tokenizer, 512).encode(TALK)

@@ -1,0 +1,162 @@
+"""From influences to volumes: the rules, their limits, and what is decided."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from ideal.config import EquilibriumConfig
+from ideal.equilibrium import limits, project, token_weights, update, values
+from ideal.errors import BadInput
+
+VOLUMES = [400, 120, 60, 25]
+LENGTHS = [8.0, 100.0, 30.0, 3.5]
+INFLUENCE = np.array([0.3, 0.9, -0.2, 0.5])
+WIDE = [10_000] * 4
+SMALL = 1e-9
+
+
+def step(influence=INFLUENCE, volumes=VOLUMES, pools=WIDE, lengths=LENGTHS, m=0.15, cloud=None, **settings):  # type: ignore[no-untyped-def]
+    cloud = np.tile(influence, (20, 1)) if cloud is None else cloud
+    return update(influence, cloud, volumes, pools, lengths, EquilibriumConfig(**settings), m, 0.9)
+
+
+def test_worth_of_an_example_is_the_numerical_derivative() -> None:
+    """The mixture's gradient is a mean over tokens; at fixed steps the loss moves along it, by a per domain.
+
+    d(Σ w_k a_k)/dβ_j with w_k the token shares of volumes v_k(1+β_k) is w_j (a_j − ā), and e_j that over v_j/V.
+    """
+
+    def reduction(beta: np.ndarray) -> float:
+        return float(token_weights(list(np.array(VOLUMES) * (1 + beta)), LENGTHS) @ INFLUENCE)
+
+    e, shares = values(INFLUENCE, VOLUMES, LENGTHS, "balanced"), np.array(VOLUMES) / sum(VOLUMES)
+    for j in range(4):
+        h = 1e-6 * np.eye(4)[j]
+        derivative = (reduction(h) - reduction(-h)) / 2e-6
+        assert shares[j] * e[j] == pytest.approx(derivative, rel=1e-6, abs=1e-9)
+    centred = INFLUENCE - token_weights(VOLUMES, LENGTHS) @ INFLUENCE
+    assert not np.allclose(e / np.abs(e).max(), centred / np.abs(centred).max(), atol=0.1), "no lengths would show"
+
+
+def test_equal_lengths_give_the_plain_centred_influence() -> None:
+    e = values(INFLUENCE, VOLUMES, [7.0] * 4, "balanced")
+    np.testing.assert_allclose(e, INFLUENCE - np.array(VOLUMES) @ INFLUENCE / sum(VOLUMES))
+
+
+def test_a_common_influence_moves_nothing() -> None:
+    """The value of training longer has no part in it; uncentred, every domain would grow."""
+    found = step(np.full(4, 0.8) + 1e-15 * INFLUENCE)
+    assert np.abs(values(np.full(4, 0.8), VOLUMES, LENGTHS, "balanced")).max() < SMALL
+    assert sum(found.volumes) == sum(VOLUMES)
+    np.testing.assert_allclose(step(INFLUENCE + 5).beta, step().beta, atol=SMALL)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [7.0] * 4])
+def test_balanced_keeps_the_total(lengths: list[float]) -> None:
+    found = step(lengths=lengths)
+    e = values(INFLUENCE, VOLUMES, lengths, "balanced")
+    np.testing.assert_allclose(found.beta, 0.15 * e / np.abs(e).max(), atol=SMALL)
+    assert abs(np.array(VOLUMES) @ found.beta) < SMALL
+    assert sum(found.volumes) == sum(VOLUMES)
+    assert np.abs(found.beta).max() == pytest.approx(0.15)
+    np.testing.assert_allclose(found.volumes, np.array(VOLUMES) * (1 + np.array(found.beta)), atol=1)
+
+
+def test_limits_keep_the_total_too() -> None:
+    """A cap and a floor that bind: the others take over what is left, which clipping wouldn't do."""
+    pools = [10_000, 31, 10_000, 10_000]
+    free, found = step(m=0.5), step(m=0.5, pools=pools, floor=24)
+    assert free.beta[1] > 4 * 31 / 120 - 1
+    assert found.volumes[1] == 4 * 31
+    assert min(found.volumes) >= 24
+    assert abs(np.array(VOLUMES) @ found.beta) < 1e-6
+    assert sum(found.volumes) == sum(VOLUMES)
+
+
+def test_limits_hold_for_whole_volumes() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        volumes = random.integers(3, 40, 5).tolist()
+        copies, floor, m = float(random.uniform(1, 3)), int(random.integers(1, 4)), float(random.uniform(0.05, 0.95))
+        pools = [int(np.ceil(v / copies)) + int(random.integers(0, 3)) for v in volumes]
+        for rule in ("balanced", "paper"):
+            found = step(
+                random.standard_normal(5), volumes, pools, [4.0] * 5, m, rule=rule, floor=floor, max_copies=copies
+            )
+            assert all(floor <= v <= copies * n for v, n in zip(found.volumes, pools, strict=True))
+            assert all(abs(new - old) <= m * old + 1 for new, old in zip(found.volumes, volumes, strict=True))
+            assert rule == "paper" or sum(found.volumes) == sum(volumes)
+
+
+def test_a_mixture_outside_its_limits_is_refused() -> None:
+    with pytest.raises(BadInput, match="floor and max_copies"):
+        step(floor=26)
+    with pytest.raises(BadInput, match="floor and max_copies"):
+        step(pools=[99, 1000, 1000, 1000])
+    low, high = limits([10], [3], EquilibriumConfig(max_copies=3.5), 0.9)
+    assert (low[0], high[0]) == (-0.9, 0.0), "10 of at most 10.5 can't grow by a half"
+
+
+def test_projection_is_the_nearest_point() -> None:
+    """Against a general solver, on random problems with bounds that bind."""
+    random = np.random.default_rng(1)
+    bound = 0
+    for _ in range(25):
+        n = int(random.integers(2, 7))
+        volumes, wanted = random.uniform(1, 50, n), random.uniform(-0.5, 0.5, n)
+        low, high = -random.uniform(0, 0.4, n), random.uniform(0, 0.4, n)
+        found = project(wanted, volumes, low, high)
+        best = minimize(
+            lambda b, volumes=volumes, wanted=wanted: volumes @ (b - wanted) ** 2,
+            np.zeros(n),
+            jac=lambda b, volumes=volumes, wanted=wanted: 2 * volumes * (b - wanted),
+            bounds=list(zip(low, high, strict=True)),
+            constraints={"type": "eq", "fun": lambda b, volumes=volumes: volumes @ b, "jac": lambda b, v=volumes: v},
+            method="SLSQP",
+            options={"ftol": 1e-14, "maxiter": 500},
+        )
+        assert abs(volumes @ found) < SMALL * volumes.sum()
+        assert (found >= low).all()
+        assert (found <= high).all()
+        np.testing.assert_allclose(found, best.x, atol=1e-5)
+        bound += int(np.isclose(found, low).any() or np.isclose(found, high).any())
+    assert bound > 10, "the bounds matter in these problems"
+
+
+def test_the_papers_rule_lets_the_total_go() -> None:
+    influence = np.abs(INFLUENCE)
+    s = token_weights(VOLUMES, LENGTHS) * influence
+    found = step(influence, rule="paper")
+    np.testing.assert_allclose(found.beta, 0.15 * s / s.max())
+    assert found.volumes == [round(v * (1 + b)) for v, b in zip(VOLUMES, found.beta, strict=True)]
+    assert sum(found.volumes) > sum(VOLUMES)
+
+
+def test_what_is_decided() -> None:
+    """An interval on one side of 0 decides; the sign's probability counts the resamples that share it."""
+    random = np.random.default_rng(2)
+    influence = np.array([1.0, -1.0, 0.02, 0.0])
+    cloud = influence + 0.2 * random.standard_normal((4000, 4))
+    found = step(influence, [100] * 4, lengths=[5.0] * 4, cloud=cloud)
+    assert found.decided == [True, True, False, False]
+    assert found.sign[:2] == [1.0, 1.0]
+    expected = (cloud - cloud.mean(1, keepdims=True) > 0).mean(0)
+    assert found.sign[2] == pytest.approx(expected[2])
+    assert found.low[0] == pytest.approx(np.quantile(cloud[:, 0] - cloud.mean(1), 0.05))
+    assert found.high[0] == pytest.approx(np.quantile(cloud[:, 0] - cloud.mean(1), 0.95))
+
+
+def test_a_sign_that_most_resamples_contradict_is_improbable() -> None:
+    cloud = np.tile(np.array([-1.0, 1.0, 0.0, 0.0]), (10, 1))
+    cloud[0] *= -1
+    found = step(np.array([1.0, -1.0, 0.0, 0.0]), [100] * 4, lengths=[5.0] * 4, cloud=cloud)
+    assert found.sign[0] == pytest.approx(0.1)
+
+
+def test_change_is_relative_to_each_volume() -> None:
+    found = step()
+    expected = max(abs(new - old) / old for new, old in zip(found.volumes, VOLUMES, strict=True))
+    assert found.change(VOLUMES) == expected
+    assert step(np.zeros(4)).change(VOLUMES) == 0

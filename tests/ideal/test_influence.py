@@ -1,0 +1,197 @@
+"""The influence table: its arithmetic, its intervals, and whether it says what really happens to a reference loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from ideal.examples import ExampleSet
+from ideal.influence import InfluenceTable, shard, split
+from tests.ideal.made import MLP, example_set, full_loss, influence, llama
+
+L, M, B, R = 2, 3, 4, 2
+
+
+@pytest.fixture
+def table() -> InfluenceTable:
+    """Random products of blocks with unequal numbers of tokens."""
+    random = np.random.default_rng(0)
+    domain = random.integers(5, 50, (M, B)).astype(float)
+    reference = random.integers(5, 50, (R, B)).astype(float)
+    means = 1 + 0.3 * random.standard_normal((L, M, B, R, B))
+    products = means * domain[None, :, :, None, None] * reference[None, None, None]
+    return InfluenceTable(products, domain, reference, np.array([1.0, 3.0]))
+
+
+def direct(table: InfluenceTable, j: int, r: int) -> float:
+    """a_jr by the formula: sums over everything, one division at the end."""
+    total = sum(table.products[x, j, b, r, c] for x in range(L) for b in range(B) for c in range(B))
+    return float(total / sum(table.domain_tokens[j]) / sum(table.reference_tokens[r]))
+
+
+def test_the_matrix_is_the_mean_per_token(table: InfluenceTable) -> None:
+    expected = [[direct(table, j, r) for r in range(R)] for j in range(M)]
+    np.testing.assert_allclose(table.matrix(), expected)
+    np.testing.assert_allclose(table.by_layer().sum(0), expected)
+    by_block = table.products / table.domain_tokens[None, :, :, None, None] / table.reference_tokens[None, None, None]
+    assert np.abs(by_block.mean((2, 4)).sum(0) / table.matrix() - 1).max() > 0.02, "a mean of block means would show"
+
+
+def test_objectives(table: InfluenceTable) -> None:
+    matrix, tokens = table.matrix(), table.reference_tokens.sum(1)
+    np.testing.assert_allclose(table.objective(matrix, "macro"), matrix.mean(1))
+    np.testing.assert_allclose(table.objective(matrix, "micro"), (matrix * tokens).sum(1) / tokens.sum())
+    assert table.objective_loss("macro") == pytest.approx(2.0)
+    assert table.objective_loss("micro") == pytest.approx(float((tokens * [1, 3]).sum() / tokens.sum()))
+
+
+def test_the_bootstrap_resamples_blocks_of_both_sides(table: InfluenceTable) -> None:
+    found = table.resampled(4000, seed=1)
+    assert found.shape == (4000, M, R)
+    np.testing.assert_allclose(found.mean(0), table.matrix(), rtol=0.02)
+    np.testing.assert_array_equal(found, table.resampled(4000, seed=1))
+    assert not np.array_equal(found, table.resampled(4000, seed=2))
+
+    random = np.random.default_rng(3)
+    by_hand = []
+    for _ in range(3000):
+        b, c = random.integers(0, B, B), random.integers(0, B, B)
+        total = table.products[:, 0][:, b][:, :, 1][:, :, c].sum()
+        by_hand.append(total / table.domain_tokens[0, b].sum() / table.reference_tokens[1, c].sum())
+    assert found[:, 0, 1].std() == pytest.approx(np.std(by_hand), rel=0.1)
+
+
+def test_every_set_is_resampled_by_itself() -> None:
+    """One draw of block numbers for all sets would tie their errors together."""
+    by_domain, by_reference = np.random.default_rng(6).standard_normal((2, 2, 8))
+    products = 10 + by_domain[None, :, :, None, None] + by_reference[None, None, None]
+    found = InfluenceTable(products, np.ones((2, 8)), np.ones((2, 8)), np.ones(2)).resampled(4000, seed=0)
+    domains, references = found[:, 0] - found[:, 1], found[:, :, 0] - found[:, :, 1]
+    assert domains[:, 0].std() == pytest.approx(np.sqrt((by_domain.var(1) / 8).sum()), rel=0.05)
+    assert references[:, 0].std() == pytest.approx(np.sqrt((by_reference.var(1) / 8).sum()), rel=0.05)
+
+
+def test_equal_blocks_leave_nothing_uncertain(table: InfluenceTable) -> None:
+    """Blocks of different sizes and one mean: only a ratio of sums has no spread then."""
+    products = np.ones_like(table.products) * table.domain_tokens[None, :, :, None, None] * table.reference_tokens
+    same = InfluenceTable(products, table.domain_tokens, table.reference_tokens, table.reference_loss)
+    np.testing.assert_allclose(same.resampled(50, seed=0), L)
+
+
+def test_the_spread_is_that_of_new_data() -> None:
+    """The standard error from 8 blocks is about what sets drawn anew would scatter by."""
+    random = np.random.default_rng(5)
+
+    def fresh() -> InfluenceTable:
+        domain, reference = random.integers(20, 60, (1, 8)).astype(float), random.integers(20, 60, (1, 8)).astype(float)
+        x = domain + np.sqrt(domain) * random.standard_normal((1, 8))
+        y = reference + np.sqrt(reference) * random.standard_normal((1, 8))
+        return InfluenceTable(np.einsum("mb,rc->mbrc", x, y)[None], domain, reference, np.ones(1))
+
+    tables = [fresh() for _ in range(400)]
+    scatter = np.std([t.matrix()[0, 0] for t in tables])
+    claimed = np.mean([t.resampled(200, seed=0).std() for t in tables[:50]])
+    assert claimed == pytest.approx(scatter, rel=0.2)
+
+
+def test_a_table_survives_the_file(table: InfluenceTable, tmp_path: Path) -> None:
+    table.save(tmp_path / "t")
+    again = InfluenceTable.load(tmp_path / "t")
+    for name, value in vars(table).items():
+        np.testing.assert_array_equal(getattr(again, name), value)
+
+
+# --- Blocks and shards ---
+
+
+def test_split_covers_the_sample_once() -> None:
+    examples = example_set(11, 0)
+    sample = [9, 2, 4, 0, 7, 1, 10]
+    blocks = split("train/a", examples, sample, 3, 0.6)
+    assert sorted(key for block in blocks for key in block.keys) == sorted(sample)
+    assert [len(block.items) for block in blocks] == [3, 2, 2]
+    for block in blocks:
+        for key, item in zip(block.keys, block.items, strict=True):
+            np.testing.assert_array_equal(item[0], examples[key][0])
+    tokens = sum(int(m[1:].sum()) for block in blocks for _, m in block.items)
+    assert [block.weight * tokens for block in blocks] == pytest.approx([0.6] * 3)
+    assert not any(block.weight for block in split("reference/a", examples, sample, 3, 0.0))
+
+
+def test_shards_are_even_and_whole() -> None:
+    blocks = [block for s in range(4) for block in split(f"train/{s}", example_set(20, s), list(range(20)), 4, 1.0)]
+    parts = shard(blocks, 3)
+    assert sorted(index for part in parts for index in part) == list(range(16))
+    loads = [sum(len(ids) for index in part for ids, _ in blocks[index].items) for part in parts]
+    assert max(loads) < 1.15 * min(loads)
+
+
+# --- The truth ---
+
+EPSILON = 1e-5
+DOMAINS = [example_set(9, 1), example_set(7, 2)]
+REFERENCES = [example_set(6, 3), example_set(8, 4)]
+
+
+def mean_loss(model: torch.nn.Module, examples: ExampleSet) -> float:
+    with torch.no_grad():
+        total, count = full_loss(model, examples)
+    return float(total) / count
+
+
+def moved(
+    model: torch.nn.Module, direction: dict[str, torch.Tensor], references: list[ExampleSet]
+) -> npt.NDArray[np.float64]:
+    """[R] the reference losses' change along −direction, per unit of it, by central differences."""
+    losses = []
+    for sign in (-1, 1):
+        for layer, d in direction.items():
+            model.get_submodule(layer).weight.data += sign * EPSILON * d
+        losses.append(np.array([mean_loss(model, reference) for reference in references]))
+        for layer, d in direction.items():
+            model.get_submodule(layer).weight.data -= sign * EPSILON * d
+    return np.asarray((losses[0] - losses[1]) / (2 * EPSILON))
+
+
+def mean_gradient(model: torch.nn.Module, examples: ExampleSet) -> dict[str, torch.Tensor]:
+    model.requires_grad_(True)
+    total, count = full_loss(model, examples)
+    weights = [model.get_submodule(layer).weight for layer in MLP]
+    found = dict(zip(MLP, torch.autograd.grad(total / count, weights), strict=True))
+    model.requires_grad_(False)
+    return found
+
+
+@pytest.mark.parametrize("solver", ["identity", "kfac"])
+def test_influence_is_what_a_small_step_does_to_the_reference_losses(solver: str) -> None:
+    """One step along a domain's preconditioned mean gradient lowers reference loss r by a_jr per unit of step."""
+    model = llama()
+    table, solved = influence(model, DOMAINS, REFERENCES, [0.7, 0.3], solver=solver, blocks=3, damping=0.05)
+    matrix = table.matrix()
+    for j, domain in enumerate(DOMAINS):
+        gradient = mean_gradient(model, domain)
+        direction = {x: solved[x].solve(g) if solver == "kfac" else g for x, g in gradient.items()}
+        change = moved(model, direction, REFERENCES)
+        np.testing.assert_allclose(change, -matrix[j], rtol=1e-5, atol=1e-7)
+    for r, reference in enumerate(REFERENCES):
+        assert table.reference_loss[r] == pytest.approx(mean_loss(model, reference))
+    other, _ = influence(
+        model, DOMAINS, REFERENCES, [0.7, 0.3], solver="identity" if solver == "kfac" else "kfac", damping=0.05
+    )
+    ratio = other.matrix() / matrix
+    assert ratio.max() > 1.05 * ratio.min(), "the other solver would show, whatever its scale"
+
+
+def test_a_domain_helps_a_reference_set_of_its_own_kind_most() -> None:
+    """Positive is good: the sign that every volume hangs on."""
+    twos = ExampleSet(np.array([3, 4, 2] * 4, np.int32), np.array([0, 0, 1] * 4, bool), np.arange(0, 13, 3))
+    nines = ExampleSet(np.array([3, 4, 9] * 4, np.int32), np.array([0, 0, 1] * 4, bool), np.arange(0, 13, 3))
+    table, _ = influence(llama(), [twos, nines], [twos, nines], [0.5, 0.5], solver="kfac")
+    matrix = table.matrix()
+    assert (np.diag(matrix) > 0).all()
+    assert matrix[0, 1] < 0
+    assert matrix[1, 0] < 0

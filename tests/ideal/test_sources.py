@@ -1,0 +1,146 @@
+"""Rows from every kind of place, each with its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ideal.chat import Unusable
+from ideal.config import Source
+from ideal.errors import BadInput
+from ideal.sources import messages, rows
+
+ROWS = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(5)]
+
+
+def places(source: Source) -> list[str]:
+    return [Path(place).name for place, _ in rows(source, "domains.math.train")]
+
+
+def asked(row: dict[str, Any] | None, **settings: Any) -> list[tuple[str, Any]]:
+    return [(m["role"], m["content"]) for m in messages(row, Source(files=["x"], **settings), "here")]
+
+
+def written(folder: Path, kind: str, made: list[Any]) -> str:
+    path = folder / f"data.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    elif kind == "json":
+        path.write_text(json.dumps({"examples": {"train": made}}))
+    else:
+        pq.write_table(pa.Table.from_pylist(made), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_files(tmp_path: Path, kind: str) -> None:
+    source = Source(files=[written(tmp_path, kind, ROWS)], records="examples.train")
+    found = list(rows(source, "here"))
+    assert [row for _, row in found] == ROWS
+    assert places(source) == [f"data.{kind}:{line}" for line in (1, 2, 3, 4, 5)]
+    some = source.model_copy(update={"rows": (1, 4)})
+    assert places(some) == [f"data.{kind}:{line}" for line in (2, 3, 4)]
+    assert places(some.model_copy(update={"size": 2})) == [f"data.{kind}:{line}" for line in (2, 3)]
+
+
+def test_a_range_counts_in_each_file_and_globs_are_sorted(tmp_path: Path) -> None:
+    for name in "ba":
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    source = Source(files=[str(tmp_path / "*.jsonl")], rows=(3, 9))
+    assert places(source) == ["a.jsonl:4", "a.jsonl:5", "b.jsonl:4", "b.jsonl:5"]
+
+
+def test_lines_that_are_no_rows_keep_their_place(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"prompt": "q", "completion": "a"}\n{"prompt": \n[1]\n\n\xff\n' + b"[" * 100_000 + b"\n")
+    found = list(rows(Source(files=[str(path)]), "here"))
+    assert [row is None for _, row in found] == [False] + [True] * 5
+    assert found[1][0] == f"{path}:2"
+    with pytest.raises(Unusable, match="malformed"):
+        asked(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("x.json", "{", "is not JSON"),
+        ("x.json", '{"examples": [], "other": 1}', "records to one of: examples"),
+        ("x.parquet", "PAR1", "is not a Parquet file"),
+        ("x.csv", "a,b", r"neither .jsonl, .json nor .parquet"),
+    ],
+)
+def test_files_that_can_not_be_read(tmp_path: Path, name: str, content: str, problem: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(BadInput, match=problem):
+        places(Source(files=[str(tmp_path / name)]))
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"domains.math.train.files: no such file: .*none.jsonl"):
+        places(Source(files=[str(tmp_path / "none.jsonl")]))
+
+
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+QA = [("user", "q"), ("assistant", "a")]
+
+
+@pytest.mark.parametrize(
+    ("row", "form", "expected"),
+    [
+        ({"messages": CHAT}, "chat", QA),
+        ({"prompt": "q", "completion": "a"}, "prompt", QA),
+        ({"instruction": "q", "input": "", "output": "a"}, "instruction", QA),
+        ({"instruction": "q", "input": "x", "output": "a"}, "instruction", [("user", "q\n\nx"), ("assistant", "a")]),
+        ({"prompt": "q", "completion": "a", "system": "s"}, "prompt", [("system", "s"), *QA]),
+    ],
+)
+def test_formats_are_found_and_can_be_named(row: dict[str, Any], form: str, expected: list[tuple[str, str]]) -> None:
+    assert asked(row) == asked(row, format=form) == expected
+
+
+def test_a_system_message_stands_once_and_the_rows_own_wins() -> None:
+    assert asked({"prompt": "q", "completion": "a"}, system="s")[0] == ("system", "s")
+    assert asked({"prompt": "q", "completion": "a", "system": "own"}, system="s")[0] == ("system", "own")
+    own = [{"role": "system", "content": "own"}, *CHAT]
+    assert asked({"messages": own}, system="s") == [("system", "own"), *QA]
+
+
+def test_fields_reach_into_rows() -> None:
+    row = {"task": {"text": "q"}, "instances": [{"output": "a"}]}
+    fields = {"prompt": "task.text", "completion": "instances.0.output"}
+    assert asked(row, fields=fields) == QA
+    with pytest.raises(Unusable, match="malformed"):
+        asked({"task": {"text": "q"}, "instances": []}, fields=fields, format="prompt")
+
+
+def test_columns_that_fit_no_format_are_listed() -> None:
+    with pytest.raises(BadInput, match=r"here.fields: columns question, answer fit none"):
+        asked({"question": "q", "answer": "a"})
+
+
+@pytest.mark.parametrize("row", [{"messages": "q"}, {"messages": ["q"]}])
+def test_chats_that_are_none(row: dict[str, Any]) -> None:
+    with pytest.raises(Unusable, match="malformed"):
+        asked(row, format="chat")
+
+
+def test_generated_rows() -> None:
+    source = Source(reasoning_gym="chain_sum", size=4, seed=7)
+    found = list(rows(source, "here"))
+    assert [place for place, _ in found] == [f"chain_sum[7]:{i}" for i in (1, 2, 3, 4)]
+    assert found == list(rows(source, "here"))
+    later = [row for _, row in rows(source.model_copy(update={"seed": 9}), "here")]
+    assert later[:2] == [row for _, row in found][2:], "item i is made from seed + i: what the config's check builds on"
+
+
+@pytest.mark.parametrize(
+    ("task", "options"), [("no_such_task", {}), ("chain_sum", {"no_such_option": 1}), ("chain_sum", {"min_terms": -1})]
+)
+def test_generated_rows_that_can_not_be_made(task: str, options: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=r"here.reasoning_gym: ."):
+        list(rows(Source(reasoning_gym=task, size=3, options=options), "here"))

@@ -1,0 +1,184 @@
+"""MLflow shows an optimisation with its iterations, each number once, whatever the server was doing meanwhile."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+
+from ideal.config import Config
+from service import report
+from service.driver import Outcome
+from service.tracking import Tracker
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty store; the first use of one takes seconds."""
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def uri(config: Config, migrated: Path) -> str:
+    config.root.mkdir()
+    shutil.copy(migrated, config.root / "mlflow.db")
+    return f"sqlite:///{config.root / 'mlflow.db'}"
+
+
+@pytest.fixture
+def away() -> Iterator[str]:
+    """An address where nothing answers, and nothing else can begin to."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+def tracker(config: Config, said: list[str], outcome: Outcome) -> Tracker:
+    folder = config.root / "run"
+    report.write(folder, config, outcome)
+    return Tracker(config, "key", folder, said.append)
+
+
+def runs(uri: str) -> tuple[Run, list[Run]]:
+    """The optimisation, and its iterations in their order."""
+    client = MlflowClient(uri)
+    found = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    parents = [run for run in found if MLFLOW_PARENT_RUN_ID not in run.data.tags]
+    assert len(parents) == 1
+    children = [run for run in found if run.data.tags.get(MLFLOW_PARENT_RUN_ID) == parents[0].info.run_id]
+    assert len(children) == len(found) - 1
+    return parents[0], sorted(children, key=lambda run: run.data.tags["ideal.key"])
+
+
+def history(uri: str, run: Run, metric: str) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in MlflowClient(uri).get_metric_history(run.info.run_id, metric)]
+
+
+def everything(uri: str) -> list[Any]:
+    parent, children = runs(uri)
+    return [
+        [(name, history(uri, run, name)) for name in sorted(run.data.metrics)] + [run.data.params]
+        for run in [parent, *children]
+    ]
+
+
+def test_an_optimisation_holds_its_iterations(config: Config, uri: str, said: list[str], outcome: Outcome) -> None:
+    assert tracker(config, said, outcome).write(outcome)
+    assert not said
+    parent, children = runs(uri)
+    assert parent.data.tags[MLFLOW_RUN_NAME] == "tiny"
+    assert [run.data.tags[MLFLOW_RUN_NAME] for run in children] == ["D0", "D1 (rejected)", "D1"]
+    assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
+    assert {"m", "seed", "model", "method"} <= set(parent.data.params)
+    assert parent.data.params["m"] == "0.15"
+    assert history(uri, children[0], "loss") == [(0, 3.0), (1, 2.0), (2, 1.0)]
+
+
+def test_metrics_have_the_names_that_comparisons_use(
+    config: Config, uri: str, said: list[str], outcome: Outcome
+) -> None:
+    tracker(config, said, outcome).write(outcome)
+    parent, _ = runs(uri)
+    assert set(parent.data.metrics) == {
+        *(f"{kind}/{d}" for kind in ("volume", "beta", "influence", "reference_loss", "equilibrium") for d in DOMAINS),
+        "score/sums",
+        "objective",
+    }
+
+
+DOMAINS = ("math", "chat")
+
+
+def test_the_optimisation_shows_accepted_iterations_only(
+    config: Config, uri: str, said: list[str], outcome: Outcome
+) -> None:
+    """A rejected mixture is a run to look at, not a point of the curve."""
+    outcome.iterations[1].volumes["math"] = 99
+    tracker(config, said, outcome).write(outcome)
+    parent, children = runs(uri)
+    assert history(uri, parent, "volume/math") == [(0, 12.0), (1, 13.0)]
+    assert history(uri, parent, "reference_loss/math") == [(0, 1.25), (1, 1.125)]
+    assert history(uri, parent, "score/sums") == [(0, 0.25), (1, 0.5)]
+    assert history(uri, parent, "beta/chat") == [(0, -0.3)]
+    assert history(uri, children[1], "volume/math") == [(1, 99.0)]
+    assert parent.data.metrics["equilibrium/math"] == 13
+
+
+def test_the_report_is_an_artifact(config: Config, uri: str, said: list[str], outcome: Outcome) -> None:
+    tracker(config, said, outcome).write(outcome)
+    parent, _ = runs(uri)
+    names = {file.path for file in MlflowClient(uri).list_artifacts(parent.info.run_id)}
+    assert {"config.json", "report.md", "report.json", "volumes-and-scores.png", "influence-D0.png"} <= names
+    assert list((config.root / "artifacts").rglob("report.md"))  # in the storage folder, wherever the run started
+
+
+def test_writing_again_adds_nothing(config: Config, uri: str, said: list[str], outcome: Outcome) -> None:
+    """The same tracker, and one of another process."""
+    first = tracker(config, said, outcome)
+    first.write(outcome)
+    before = everything(uri)
+    first.write(outcome)
+    tracker(config, said, outcome).write(outcome)
+    assert everything(uri) == before
+
+
+def test_what_is_written_as_it_happens_is_what_is_written_at_the_end(
+    config: Config, uri: str, said: list[str], outcome: Outcome, migrated: Path, tmp_path: Path
+) -> None:
+    shutil.copy(migrated, tmp_path / "other.db")
+    other = f"sqlite:///{tmp_path / 'other.db'}"
+    live = tracker(config, said, outcome)
+    scored = outcome.iterations[0].benchmark
+    outcome.iterations[0].benchmark = None
+    for count in range(1, 4):
+        live.keep_up(Outcome(outcome.data, outcome.iterations[:count]))
+        outcome.iterations[0].benchmark = scored
+    live.keep_up(outcome)
+    at_once = tracker(config, said, outcome)
+    at_once.uri = other
+    at_once.write(outcome)
+    assert everything(uri) == everything(other)
+
+
+def test_two_runs_of_one_experiment_stay_apart(config: Config, uri: str, said: list[str], outcome: Outcome) -> None:
+    tracker(config, said, outcome).write(outcome)
+    second = tracker(config, said, outcome)
+    second.key = "another"
+    second.write(outcome)
+    client = MlflowClient(uri)
+    found = client.search_runs([client.get_experiment_by_name("ideal").experiment_id])
+    assert len(found) == 8
+    assert len([run for run in found if MLFLOW_PARENT_RUN_ID not in run.data.tags]) == 2
+
+
+def test_a_server_that_is_away_stops_nothing_and_gets_all_later(
+    config: Config, uri: str, away: str, said: list[str], outcome: Outcome
+) -> None:
+    found = tracker(config, said, outcome)
+    found.uri = away
+    for count in range(1, 3):
+        found.keep_up(Outcome(outcome.data, outcome.iterations[:count]))
+    assert len(said) == 1, "it is told once"
+    assert away in said[0]
+    assert "ideal sync" in said[0]
+    assert found.write(outcome) is False
+    found.uri = uri  # as if it were back
+    assert found.write(outcome)
+    assert "answers again" in said[1]
+    parent, children = runs(uri)
+    assert history(uri, parent, "volume/math") == [(0, 12.0), (1, 13.0)]
+    assert len(children) == 3
