@@ -17,6 +17,7 @@ from ideal.benchmarks.evaluation import evaluate
 from ideal.config import Config
 from service.cluster import Cluster
 from service.data import MODEL
+from service.lease import leased
 from service.progress import Reporter
 from service.vllm_model import VllmModel, reload, start_engine
 
@@ -59,13 +60,6 @@ class Engine:
         return {name: asdict(score) for name, score in scores.items()}
 
 
-@ray.remote
-def leased(engine: Any, model: Path, progress: Reporter) -> dict[str, Any]:
-    """Holds the CPUs that the engine uses while it scores."""
-    scores: dict[str, Any] = ray.get(engine.score.remote(model, progress))
-    return scores
-
-
 class Benchmarks:
     """The engine, started when it is first needed."""
 
@@ -91,7 +85,7 @@ class Benchmarks:
         node = ray.get(self._engine.node.remote())
         lease = leased.options(num_cpus=threads, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
         try:
-            scores: dict[str, Any] = ray.get(lease.remote(self._engine, checkpoint / MODEL, progress))
+            scores: dict[str, Any] = ray.get(lease.remote(self._engine.score, checkpoint / MODEL, progress))
         except Exception:
             self.release()
             raise

@@ -65,6 +65,7 @@ def run(config: Config, console: Console) -> Outcome:
 
 def sync(config: Config, console: Console) -> bool:
     """Write to MLflow what it hasn't of a run, finished or not; False if it couldn't be reached."""
+
     def notice(line: str) -> None:
         console.print(escape(line))
 

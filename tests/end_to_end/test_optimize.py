@@ -24,12 +24,13 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from tests.tiny import make_model
 
 IDEAL = Path(sys.executable).parent / "ideal"
-VOLUMES = {"sums": 32, "words": 96, "echo": 32}
+VOLUMES = {"sums": 24, "words": 112, "echo": 24}
 COPIES = 3
 
 
 def settings(model: Path, echo: Path) -> dict[str, Any]:
-    """Three domains that a random model learns something of in ten steps; nothing is decided by a hair."""
+    """Three domains that a random model learns something of in forty steps, the starting volumes far from right:
+    each update lowers the loss by 3 %, so nothing is decided by a hair."""
     sums = {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}
     words = {"min_word_len": 3, "max_word_len": 5}
 
@@ -63,10 +64,10 @@ def settings(model: Path, echo: Path) -> dict[str, Any]:
             {**made("chain_sum", sums, 2000, 8), "name": "sums", "max_new_tokens": 8},
             {**made("spell_backward", words, 2000, 8), "name": "words", "max_new_tokens": 8},
         ],
-        "sft": {"learning_rate": 3e-3, "batch_examples": 16, "precision": "fp32"},
+        "sft": {"epochs": 4, "learning_rate": 3e-3, "batch_examples": 16, "precision": "fp32"},
         "influence": {"layers": ["*.mlp.*"], "examples": 64, "blocks": 4, "precision": "fp32", "confidence": 0.01},
-        "equilibrium": {"iterations": 2, "m": 0.5, "tolerance": 0.0, "retries": 5},
-        "resources": {"sft_workers": 2, "influence_workers": 1, "vllm_memory": 0.125, "checkpoint_steps": 4},
+        "equilibrium": {"iterations": 2, "m": 0.4, "tolerance": 0.0},
+        "resources": {"sft_workers": 2, "influence_workers": 1, "vllm_memory": 0.125},
     }
 
 
@@ -178,7 +179,7 @@ def test_it_ends_with_its_table_and_where_to_look(command: Command, whole: Ended
 def test_every_stage_is_recorded_once_and_nothing_else_is_left(command: Command) -> None:
     counts = {kind: len(command.records(kind)) for kind in ("model", "data", "sft", "influence", "benchmark")}
     assert counts == {"model": 1, "data": 1, "sft": 3, "influence": 2, "benchmark": 3}
-    folders = [path for path in (command.storage / "stages").glob("*/*")]
+    folders = list((command.storage / "stages").glob("*/*"))
     assert {path / "stage.json" for path in folders} == set(command.records())
     assert command.alone(20), command.processes()
 

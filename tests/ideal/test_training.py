@@ -57,23 +57,23 @@ def chosen(items) -> ExampleSet:  # type: ignore[no-untyped-def]
     return ExampleSet(np.concatenate([i for i, _ in items]), np.concatenate([m for _, m in items]), offsets)
 
 
-def reference_run(base: Path, loss_of) -> tuple[torch.nn.Module, list[float]]:  # type: ignore[no-untyped-def]
+def reference_run(base: Path, loss_of) -> tuple[torch.nn.Module, list[float], list[float]]:  # type: ignore[no-untyped-def]
     """The same run with autograd, clip_grad_norm_ and AdamW over the model's own parameters."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     parts = [[p for p in model.parameters() if p.ndim >= 2], [p for p in model.parameters() if p.ndim < 2]]
     groups = [{"params": p, "weight_decay": d} for p, d in zip(parts, (FP32.weight_decay, 0.0), strict=True)]
     optimizer = torch.optim.AdamW(groups, betas=(FP32.beta1, FP32.beta2))
-    losses = []
+    losses, norms = [], []
     for step in plan(VOLUMES, FP32, 3):
         for group in optimizer.param_groups:
             group["lr"] = step.rate
         loss = loss_of(model, global_batch(step))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), FP32.clip_norm)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), FP32.clip_norm)))
         optimizer.step()
         losses.append(float(loss.detach()))
-    return model, losses
+    return model, losses, norms
 
 
 def token_mean(model: torch.nn.Module, examples: ExampleSet) -> torch.Tensor:
@@ -95,11 +95,12 @@ def difference(model: torch.nn.Module, other: torch.nn.Module) -> float:
 def test_training_is_plain_adamw_on_the_mean_over_all_tokens(base: Path) -> None:
     """Tied embeddings, clipping over all parameters, and no decay for norms are part of it."""
     trainer, logs = trained(base)
-    plain, losses = reference_run(base, token_mean)
+    plain, losses, norms = reference_run(base, token_mean)
     assert [log.loss for log in logs] == pytest.approx(losses, rel=1e-5)
+    assert [log.norm for log in logs] == pytest.approx(norms, rel=1e-4), "clipping hides the gradient's scale"
     assert all(log.norm > FP32.clip_norm for log in logs), "clipping has to happen to be tested"
     assert difference(trainer.model, plain) < 2e-5
-    wrong, _ = reference_run(base, mean_of_means)
+    wrong, _, _ = reference_run(base, mean_of_means)
     assert difference(trainer.model, wrong) > 2e-4, "a mean of micro-batch means would show"
 
 
@@ -138,8 +139,11 @@ from tests.ideal.test_training import worker
 torch.save(worker(1, Path({str(tmp_path)!r}), Path({str(base)!r})), {str(tmp_path / "second.pt")!r})
 """
     second = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
-    found = [worker(0, tmp_path, base)]
-    assert second.wait(60) == 0
+    try:
+        found = [worker(0, tmp_path, base)]
+        assert second.wait(120) == 0
+    finally:
+        second.kill()
     found.append(torch.load(tmp_path / "second.pt"))
     trainer, logs = trained(base)
     assert len(plan(VOLUMES, FP32, 3)[-1].picks) == 1
