@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -98,7 +97,7 @@ def connect(config: Config) -> Cluster:
     if not ray.is_initialized():
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
-            ray.init(address=address, **options) if address else ray.init(address="local", **options)
+            ray.init(address=address or "local", num_cpus=None if address else own_cpus(), **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = f"no Ray answers at {address}" if address else "Ray doesn't start"
             raise BadInput(
@@ -120,7 +119,12 @@ def local(config: Config) -> Cluster:
     """
     import torch
 
-    return share(psutil.cpu_count() or 1, torch.cuda.device_count(), 1, config.resources)
+    return share(own_cpus(), torch.cuda.device_count(), 1, config.resources)
+
+
+def own_cpus() -> int:
+    """The CPUs that this process may use (`taskset` and batch systems give it fewer than there are)."""
+    return len(os.sched_getaffinity(0))
 
 
 class Reservation:
