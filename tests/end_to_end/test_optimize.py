@@ -26,6 +26,7 @@ from tests.tiny import make_model
 IDEAL = Path(sys.executable).parent / "ideal"
 VOLUMES = {"sums": 24, "words": 112, "echo": 24}
 COPIES = 3
+pytestmark = pytest.mark.timeout(900)  # minutes, where the machine is shared
 
 
 def settings(model: Path, echo: Path) -> dict[str, Any]:
@@ -102,7 +103,7 @@ class Command:
 
     def __call__(self, *arguments: str) -> Ended:
         started = time.time()
-        status = self.start(*arguments).wait(timeout=270)
+        status = self.start(*arguments).wait(timeout=600)
         return Ended(status, self.output.read_text(), time.time() - started)
 
     def records(self, kind: str = "*") -> dict[Path, tuple[int, int]]:
@@ -218,7 +219,7 @@ def table(output: str) -> list[str]:
     return [line for line in output.splitlines() if "│" in line]
 
 
-def wait_for(found: Any, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+def wait_for(found: Any, process: subprocess.Popen[bytes], seconds: float = 300) -> None:
     deadline = time.time() + seconds
     while not found():
         assert process.poll() is None, "it ended too early"
