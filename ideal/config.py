@@ -198,6 +198,12 @@ class EquilibriumConfig(Section):
     floor: int = Field(1, ge=1, description="Smallest volume of a domain, in examples.")
     max_copies: float = Field(4.0, ge=1, description="Most copies of one example in a mixture.")
     tolerance: float = Field(0.01, ge=0, description="Stop when no volume would change by more, relatively.")
+    max_rise: float = Field(
+        0.0,
+        ge=0,
+        description="Largest relative rise of the reference loss that is still accepted: what two trainings of one "
+        "mixture differ by.",
+    )
     retries: int = Field(1, ge=0, le=5, description="Retreats with m/2 after a mixture that raised the reference loss.")
 
 

@@ -1,7 +1,7 @@
 """Benchmarks by an actor that keeps one vLLM engine warm and reloads weights for each checkpoint.
 
-On CPU the engine holds no CPU of Ray's while it is idle, or SFT could never have all of them; a lease does, for as long
-as it works. On GPU the engine holds its GPU, and is given back before SFT where SFT needs that GPU too.
+On CPU the engine holds no CPU of Ray's while it is idle, or SFT could never have all of them; they are reserved for as
+long as it works. On GPU the engine holds its GPU, and is given back before SFT where SFT needs that GPU too.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ideal.benchmarks.evaluation import evaluate
 from ideal.config import Config
-from service.cluster import Cluster
+from service.cluster import Cluster, Reservation
 from service.data import MODEL
-from service.lease import leased
 from service.progress import Reporter
 from service.vllm_model import VllmModel, reload, start_engine
 
@@ -34,8 +32,8 @@ class Engine:
         self.llm: LLM | None = None
 
     def node(self) -> str:
-        """Where it lives."""
-        return str(ray.get_runtime_context().get_node_id())
+        """The address of the node it lives on."""
+        return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
     def score(self, model: Path, progress: Reporter) -> dict[str, Any]:
         """Scores of the checkpoint by benchmark: metric, value, stderr, items."""
@@ -83,9 +81,10 @@ class Benchmarks:
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}},
             ).remote(self.config, bool(self.cluster.gpus))
         node = ray.get(self._engine.node.remote())
-        lease = leased.options(num_cpus=threads, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+        work = {"CPU": threads, f"node:{node}": 0.001}  # Ray's own resource of that one node
         try:
-            scores: dict[str, Any] = ray.get(lease.remote(self._engine.score, checkpoint / MODEL, progress))
+            with Reservation([work], self.config.resources.wait_seconds, "benchmarks"):
+                scores: dict[str, Any] = ray.get(self._engine.score.remote(checkpoint / MODEL, progress))
         except Exception:
             self.release()
             raise

@@ -4,8 +4,8 @@
                      ├─▶ influence ─▶ update ─▶ D1 ─▶ SFT ─▶ θ1 ─▶ …
                      └─▶ benchmarks
 
-A mixture that raises the reference loss is rejected: the last accepted one is updated again with m/2. Every stage is
-recorded, so a run that was killed goes on where it was, and one that is done does no work at all.
+A mixture that raises the reference loss by more than ``max_rise`` is rejected: the last accepted one is updated again
+with m/2. Every stage is recorded, so a run that was killed goes on where it was, and one that is done does no work.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Iteration:
     Attributes:
         number: t of D_t.
         m: largest relative change that led to it; None for D0.
-        accepted: whether it didn't raise the reference loss.
+        accepted: whether it didn't raise the reference loss (by more than ``max_rise``).
         table, update: None where no update follows.
     """
 
@@ -142,7 +142,7 @@ class Optimisation:
                 self.outcome.stopped = f"no volume would change by {config.tolerance:.1%}"
                 return None, m
             following = self._train(number, dict(zip(current.volumes, step.volumes, strict=True)), m)
-            if following.loss <= current.loss:
+            if following.loss <= current.loss * (1 + config.max_rise):
                 current.update = step
                 return following, m
             following.accepted = False

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: the tests need no hub, and its client waits long for one
+os.environ.pop("RAY_ADDRESS", None)  # a developer's own servers are none of the tests' business
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+
 from pathlib import Path
 
 import pytest

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # the tests need no hub, and a client that waits for one is slow
-os.environ.pop("RAY_ADDRESS", None)  # a developer's own servers are none of the tests' business
-os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 import numpy as np
 import pytest
