@@ -1,6 +1,6 @@
 """The influence stage as a multiple of a plain forward and backward pass over the same tokens, in one process.
 
-    python -m tests.benchmarks.influence jobs/configs/quickstart.yaml
+    python -m tests.benchmarks.influence jobs/configs/quickstart.yaml [a.b=c …]
 
 Prints tokens per second of both, and the ratio of the pass (factors and gradients) and of pass and solve together. The
 plain pass computes all weights' gradients of the same examples in the same micro-batches, at the same precision.
@@ -28,8 +28,8 @@ from service.data import reference_file, train_file
 from service.influence import Sample
 
 
-def main(path: str) -> None:
-    config = load(path)
+def main(path: str, *overrides: str) -> None:
+    config = load(path, list(overrides))
     settings, where = config.influence, torch.device("cpu")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -93,4 +93,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2] or ["jobs/configs/quickstart.yaml"])
+    main(*sys.argv[1:] or ["jobs/configs/quickstart.yaml"])
