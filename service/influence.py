@@ -31,7 +31,7 @@ from ideal.curvature.layers import input_group, layer_shapes
 from ideal.equilibrium import token_weights
 from ideal.examples import ExampleSet
 from ideal.influence import InfluenceTable, layer_products, shard, split
-from ideal.mixture import seeded
+from ideal.mixture import draw
 from ideal.model import DTYPES, device, load_model
 from service.cluster import Cluster, Reservation
 from service.data import MODEL, reference_file, train_file
@@ -61,8 +61,7 @@ class Sample:
         weights = token_weights(list(self.volumes.values()), lengths)
         blocks: list[Block] = []
         for (domain, pool), weight in zip(pools.items(), weights, strict=True):
-            order = seeded(self.seed, "draw", domain).permutation(len(pool))
-            sample = order[: self.config.examples].tolist()
+            sample = draw(len(pool), min(self.config.examples, len(pool)), self.seed, domain).tolist()
             blocks += split(f"train/{domain}", pool, sample, self.config.blocks, float(weight))
         for domain in self.volumes:
             reference = ExampleSet.load(reference_file(self.data, domain))
