@@ -57,6 +57,14 @@ def sync(config: ConfigPath, set_: Overrides = None) -> None:
 
 
 @app.command()
+def sensitivity(config: ConfigPath, set_: Overrides = None) -> None:
+    """Say how the mixture hangs on the reference set, from a run's records; starts nothing."""
+    from service.sensitivity import examine
+
+    examine(configs.load(config, set_), Console())
+
+
+@app.command()
 def doctor() -> None:
     """Say what is installed, what this machine has, and what would go wrong, each with its remedy."""
     from service.doctor import examine

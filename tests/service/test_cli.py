@@ -232,6 +232,17 @@ def test_nothing_to_sync_is_bad_input(ideal: Console) -> None:
     assert "nothing of this run is recorded" in ideal.capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("nothing_starts")
+def test_the_sensitivity_of_a_run_that_has_not_happened_is_bad_input(ideal: Console) -> None:
+    path = ideal.folder / "config.yaml"
+    path.write_text(yaml.safe_dump(ideal.tree))
+    assert guarded(["sensitivity", str(path), "--set", "equilibrium.m=0.3"]) == 2
+    errors = ideal.capsys.readouterr().err
+    assert "no influence of this run is recorded" in errors
+    assert "run it first" in errors
+    assert not list((ideal.folder / "store").glob("runs/*"))
+
+
 @pytest.mark.parametrize(
     ("failure", "status", "word"),
     [(StageFailed("D0 SFT failed: [x]"), 1, "D0 SFT failed: [x]"), (KeyboardInterrupt(), 130, "same command")],
