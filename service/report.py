@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from ideal.config import Config
+from ideal.equilibrium import token_weights
+from ideal.pairs import Pair, pairs
 from service.driver import Iteration, Outcome
 
 Rows = list[tuple[str, list[list[str]]]]
@@ -87,17 +89,34 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     }
 
 
+def named_pairs(config: Config, outcome: Outcome) -> dict[str, Any] | None:
+    """What more of each domain does to the others' reference sets, at the last mixture with an influence."""
+    last = next((i for i in reversed(outcome.iterations) if i.table), None)
+    if last is None or last.table is None:
+        return None
+    domains, settings = list(last.volumes), config.influence
+    tokens = [outcome.data.result[domain]["tokens_per_example"] for domain in domains]
+    weights = token_weights(list(last.volumes.values()), tokens)
+    found = pairs(last.table, weights, resamples=settings.resamples, confidence=settings.confidence, seed=config.seed)
+
+    def named(pair: Pair) -> dict[str, Any]:
+        return {**vars(pair), "domain": domains[pair.domain], "reference": domains[pair.reference]}
+
+    return {"at": label(last), "confidence": settings.confidence, "pairs": [named(pair) for pair in found]}
+
+
 def write(folder: Path, config: Config, outcome: Outcome) -> Path:
     """The report and its pictures into ``folder``; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(summary(outcome), indent=1))
+    found = {**summary(outcome), "pairs": named_pairs(config, outcome)}
+    (folder / "report.json").write_text(json.dumps(found, indent=1))
     pictures = {"volumes-and-scores": trajectory(outcome)}
     pictures |= {f"influence-D{i.number}": heatmap(i, config) for i in outcome.accepted if i.table}
     for name, figure in pictures.items():
         figure.savefig(folder / f"{name}.png", dpi=130)
         plt.close(figure)
     path = folder / "report.md"
-    path.write_text(_markdown(config, outcome, list(pictures)))
+    path.write_text(_markdown(config, outcome, list(pictures), found["pairs"]))
     return path
 
 
@@ -155,7 +174,7 @@ def heatmap(iteration: Iteration, config: Config) -> Figure:
     return figure
 
 
-def _markdown(config: Config, outcome: Outcome, pictures: list[str]) -> str:
+def _markdown(config: Config, outcome: Outcome, pictures: list[str], found_pairs: dict[str, Any] | None) -> str:
     names = [label(i) for i in outcome.iterations]
     lines = [f"# {config.name}", "", f"Ended: {outcome.stopped}.", ""]
     lines += [f"Equilibrium: {', '.join(f'{d} {v}' for d, v in outcome.equilibrium.volumes.items())}.", ""]
@@ -163,6 +182,7 @@ def _markdown(config: Config, outcome: Outcome, pictures: list[str]) -> str:
         lines += [f"| {heading} | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
         lines += ["| " + " | ".join(row) + " |" for row in cells] + [""]
     lines += [f"![{name}]({name}.png)\n" for name in pictures]
+    lines += _who_helps_whom(found_pairs) if found_pairs else []
     lines += [
         "## Data",
         "",
@@ -180,6 +200,26 @@ def _markdown(config: Config, outcome: Outcome, pictures: list[str]) -> str:
     lines += ["", "## Stages", "", "| stage | fingerprint | seconds |", "| --- | --- | ---: |"]
     lines += [f"| {r.kind} | {r.fingerprint} | {r.seconds:.1f} |" for r in outcome.records]
     return "\n".join(lines) + "\n"
+
+
+def _who_helps_whom(found: dict[str, Any]) -> list[str]:
+    level, real = found["confidence"], [pair for pair in found["pairs"] if pair["effect"] != "undecided"]
+    lines = ["## Who helps and hurts whom", ""]
+    lines += [
+        f"At {found['at']}: what more of a domain, and so less of the rest, does to another domain's reference set; 1 "
+        f"is the largest effect on that set. {level:.0%} bootstrap intervals; of the pairs named, about "
+        f"{1 - level:.0%} may be luck (Benjamini-Hochberg). A domain "
+        "also hurts by taking the place of a better one, often of the set's own.",
+        "",
+    ]
+    if not real:
+        return [*lines, f"None of the {len(found['pairs'])} pairs is beyond noise.", ""]
+    lines += ["| more of | | reference set | effect |", "| --- | --- | --- | ---: |"]
+    lines += [
+        f"| {p['domain']} | {p['effect']} | {p['reference']} | {p['value']:+.2f} [{p['low']:+.2f}, {p['high']:+.2f}] |"
+        for p in real
+    ]
+    return [*lines, "", f"Within the noise: {len(found['pairs']) - len(real)} of {len(found['pairs'])} pairs.", ""]
 
 
 def _beta(iteration: Iteration, domain: int) -> str:

@@ -6,10 +6,12 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from ideal.config import Config
+from ideal.influence import InfluenceTable
 from service import report
 from service.driver import Outcome
 
@@ -87,3 +89,28 @@ def test_an_influence_of_nothing_is_no_division_by_nothing(config: Config, outco
     report.write(tmp_path / "report", config, outcome)
     assert not any("nan" in cell for lines in cells(outcome).values() for row in lines.values() for cell in row)
     assert math.isfinite(json.loads((tmp_path / "report" / "report.json").read_text())["iterations"][0]["objective"])
+
+
+def test_the_report_names_who_hurts_whom(config: Config, outcome: Outcome, tmp_path: Path) -> None:
+    """Equal blocks, so no doubt: math helps chat, chat hurts math. The mixture is 12 and 6 examples of one length."""
+    a = np.array([[1.0, 4.0], [-2.0, 1.0]])
+    products = np.broadcast_to(100 * a[None, :, None, :, None], (1, 2, 4, 2, 4))
+    tokens = np.full((2, 4), 10.0)
+    outcome.iterations[0].table = InfluenceTable(np.array(products), tokens, tokens, np.ones(2))
+    text = report.write(tmp_path, config, outcome).read_text()
+    assert "## Who helps and hurts whom\n\nAt D0:" in text
+    assert "| math | helps | chat | +0.50 [+0.50, +0.50] |" in text
+    assert "| chat | hurts | math | -1.00 [-1.00, -1.00] |" in text
+    assert "Within the noise: 0 of 2 pairs." in text
+    found = json.loads((tmp_path / "report.json").read_text())["pairs"]
+    assert found["at"] == "D0"
+    named = {(p["domain"], p["reference"]): (p["effect"], round(p["value"], 9)) for p in found["pairs"]}
+    assert named == {("math", "chat"): ("helps", 0.5), ("chat", "math"): ("hurts", -1.0)}
+
+
+def test_the_report_says_when_no_pair_is_beyond_noise(config: Config, outcome: Outcome, tmp_path: Path) -> None:
+    text = report.write(tmp_path, config, outcome).read_text()
+    assert "None of the 2 pairs is beyond noise." in text
+    outcome.iterations[0].table = None
+    assert "Who helps" not in report.write(tmp_path, config, outcome).read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["pairs"] is None
