@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,8 @@ def test_the_report_names_who_hurts_whom(config: Config, outcome: Outcome, tmp_p
     products = np.broadcast_to(100 * a[None, :, None, :, None], (1, 2, 4, 2, 4))
     tokens = np.full((2, 4), 10.0)
     outcome.iterations[0].table = InfluenceTable(np.array(products), tokens, tokens, np.ones(2))
+    earlier = InfluenceTable(-np.array(products), tokens, tokens, np.ones(2))
+    outcome.iterations.insert(0, replace(outcome.iterations[0], number=7, table=earlier))  # the last table counts
     text = report.write(tmp_path, config, outcome).read_text()
     assert "## Who helps and hurts whom\n\nAt D0:" in text
     assert "| math | helps | chat | +0.50 [+0.50, +0.50] |" in text
