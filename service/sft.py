@@ -114,6 +114,7 @@ def _worker(task: dict[str, Any]) -> None:
             started = time.time()
     if rank == 0:
         trainer.save_model(task["folder"] / MODEL)
+        trainer.save_damping(task["folder"])
         load_tokenizer(task["base"] / MODEL).save_pretrained(task["folder"] / MODEL)
         (task["folder"] / "steps.json").write_text(json.dumps(logs))
 

@@ -33,7 +33,7 @@ RECORD = "stage.json"
 WORK = "work"
 """A stage's folder for what a retry goes on from; gone once it is recorded."""
 
-RESULTS_CHANGED_IN = {"model": 1, "data": 1, "sft": 1, "reference": 1, "influence": 1, "benchmark": 1}
+RESULTS_CHANGED_IN = {"model": 1, "data": 1, "sft": 2, "reference": 1, "influence": 2, "benchmark": 1}
 """Raised when new code gives a kind of stage other results, so that old records are not taken for new ones."""
 
 

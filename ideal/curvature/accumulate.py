@@ -110,12 +110,10 @@ def accumulate(
                 loss = summed_loss(logits, moved)
                 curved = factors and block.weight > 0
                 if curved and fisher == "sampled":
-                    keys = [block.keys[i] for i in members]
-                    drawn = sample_labels(logits.detach(), moved, keys, block.set, seed)
-                    drawn_loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
-                    curvature = _output_gradients(recorder, layers, drawn_loss, keep=True)
+                    drawn_loss = sampled_loss(logits, moved, block, members, seed)
+                    curvature = output_gradients_of(recorder, layers, drawn_loss, keep=True)
                     _add_factors(sums, recorder, curvature, moved.mask, block.weight)
-                output_gradients = _output_gradients(recorder, layers, loss, keep=False)
+                output_gradients = output_gradients_of(recorder, layers, loss, keep=False)
                 if curved and fisher == "empirical":
                     _add_factors(sums, recorder, output_gradients, moved.mask, block.weight)
                 for layer in layers:
@@ -129,6 +127,15 @@ def accumulate(
                 loss_sum += float(loss.detach())
             done(block, BlockGradient(gradients, tokens, loss_sum))
     return sums
+
+
+def sampled_loss(
+    logits: torch.Tensor, batch: Batch, block: Block, members: Sequence[int], seed: int
+) -> torch.Tensor:
+    """Summed loss of labels that the model itself draws: its gradient is the Fisher's."""
+    keys = [block.keys[i] for i in members]
+    drawn = sample_labels(logits.detach(), batch, keys, block.set, seed)
+    return nn.functional.cross_entropy(logits, drawn, reduction="sum")
 
 
 def sample_labels(logits: torch.Tensor, batch: Batch, keys: Sequence[int], set_name: str, seed: int) -> torch.Tensor:
@@ -145,7 +152,7 @@ def sample_labels(logits: torch.Tensor, batch: Batch, keys: Sequence[int], set_n
     return drawn.clamp(max=logits.shape[-1] - 1)
 
 
-def _output_gradients(recorder: Recorder, layers: list[str], loss: torch.Tensor, keep: bool) -> dict[str, torch.Tensor]:
+def output_gradients_of(recorder: Recorder, layers: list[str], loss: torch.Tensor, keep: bool) -> dict[str, torch.Tensor]:
     """[n, L, d_out] by layer."""
     gradients = torch.autograd.grad(loss, [recorder.outputs[layer] for layer in layers], retain_graph=keep)
     return dict(zip(layers, gradients, strict=True))

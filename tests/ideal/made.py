@@ -13,7 +13,9 @@ from ideal.curvature.accumulate import BlockGradient, FactorSums, accumulate
 from ideal.curvature.kfac import Eigen, curvature, eigenbasis
 from ideal.curvature.layers import input_group
 from ideal.examples import ExampleSet
-from ideal.influence import InfluenceTable, layer_products, split
+from ideal.config import InfluenceConfig
+from ideal.influence import InfluenceTable, split
+from ideal.solvers import Sampled, influence_tables
 
 VOCABULARY = 12
 MLP = ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"]
@@ -107,35 +109,22 @@ def influence(
     blocks: int = 2,
     damping: float = 0.1,
     layers: Sequence[str] = MLP,
-) -> tuple[InfluenceTable, dict[str, Eigen]]:
+    fisher: str = "sampled",
+    schedule: dict[str, torch.Tensor] | None = None,
+    batch_tokens: int = 64,
+) -> InfluenceTable:
     """The whole influence, as the service computes it, in one process."""
     parts = []
     for number, (domain, weight) in enumerate(zip(domains, weights, strict=True)):
         parts += split(f"train/{number}", domain, list(range(len(domain))), blocks, weight)
     for number, reference in enumerate(references):
         parts += split(f"reference/{number}", reference, list(range(len(reference))), blocks, 0.0)
-    sums, found = run(model, parts, layers=layers, factors=solver == "kfac")
-    solved = eigens(sums, layers, damping) if solver == "kfac" else {}
-    first = len(domains) * blocks
-    products = [
-        layer_products(
-            solved.get(layer),
-            first,
-            len(references) * blocks,
-            lambda side, b, layer=layer: found[b + (first if side == "reference" else 0)].gradients[layer],
-        ).reshape(len(domains), blocks, len(references), blocks)
-        for layer in layers
-    ]
-    tokens = np.array([float(f.tokens) for f in found])
-    losses = np.array([f.loss for f in found[first:]]).reshape(len(references), blocks)
-    reference_tokens = tokens[first:].reshape(len(references), blocks)
-    table = InfluenceTable(
-        np.stack(products),
-        tokens[:first].reshape(len(domains), blocks),
-        reference_tokens,
-        losses.sum(1) / reference_tokens.sum(1),
+    settings = InfluenceConfig.model_validate(
+        {"solver": solver, "blocks": blocks, "examples": blocks, "precision": "fp32", "products": 400, "residual": 1e-9}
+        | {"damping": "schedule" if schedule else damping, "curvature_examples": 10**6, "fisher": fisher}
     )
-    return table, solved
+    sample = Sampled(parts, len(domains), settings, schedule or {}, 0, batch_tokens, torch.device("cpu"))
+    return influence_tables(model, list(layers), sample, [solver])[solver]
 
 
 def full_loss(model: torch.nn.Module, examples: ExampleSet) -> tuple[torch.Tensor, int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ideal.curvature.kfac import Eigen, curvature, eigenbasis
-from ideal.influence import layer_products
+from ideal.solvers import Plain, layer_products
 
 D_OUT, D_IN, SCALE = 5, 7, 2.5
 BOUND = 1e-9
@@ -82,7 +82,7 @@ def test_products_are_those_of_solve() -> None:
         for b in range(3)
     }
     found = layer_products(solved(0.05), 2, 3, lambda side, b: gradients[side, b])
-    plain = layer_products(None, 2, 3, lambda side, b: gradients[side, b])
+    plain = layer_products(Plain(), 2, 3, lambda side, b: gradients[side, b])
     for j in range(2):
         for r in range(3):
             domain, reference = gradients["domain", j], gradients["reference", r]

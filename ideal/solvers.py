@@ -1,0 +1,342 @@
+"""From a model and a sample of blocks to the influence table, by any solver, in one process.
+
+Every solver but `exact` works layer by layer and is a *metric*: it maps a gradient so that plain inner products
+become ⟨G, M G'⟩ with the solver's M.
+
+| solver | M | passes |
+| --- | --- | --- |
+| `identity` | 1 | the gradients |
+| `adam` | Λ⁻¹, what the optimiser itself does with a gradient | the gradients |
+| `kfac` | (S ⊗ A + λ)⁻¹ | gradients and factors, at once |
+| `ekfac` | the same eigenvectors with their right eigenvalues | one more |
+| `exact` | (H + λ)⁻¹, all tracked layers together | one for each step of conjugate gradients and reference set |
+
+Training with AdamW for T steps moves a weight along a constant gradient G by Σ_t η_t · G/(√v̂ + ε). So Λ = (√v̂ + ε)/Σ_t η_t
+is the damping that a training run has by itself: (H + Λ)⁻¹ G is where the run ends that follows G from θ within a
+quadratic (a proximal step), Λ⁻¹ G where H is small against Λ, H⁻¹ G where it is large. With ``damping: schedule``
+`exact` takes Λ as it is, and `kfac` and `ekfac`, which need one number, a layer's harmonic mean of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from ideal.config import InfluenceConfig
+from ideal.curvature.accumulate import Block, BlockGradient, FactorSums, accumulate
+from ideal.curvature.ekfac import squared_gradients
+from ideal.curvature.exact import GaussNewton, Vectors, conjugate_gradients
+from ideal.curvature.kfac import Eigen, Eigenbasis, curvature, eigenbasis
+from ideal.curvature.layers import input_group
+from ideal.influence import Array, InfluenceTable
+from ideal.model import wide
+
+FACTORED = ("kfac", "ekfac")
+
+
+class Metric(Protocol):
+    """One layer's M as half of it: ⟨whiten(G), whiten(G')⟩ = ⟨G, M G'⟩."""
+
+    def whiten(self, gradient: torch.Tensor) -> torch.Tensor:
+        """[..., d_out, d_in] to the same shape."""
+
+
+class Plain:
+    """M = 1."""
+
+    def whiten(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """M = 1/Λ with Λ [d_out, d_in] positive."""
+
+    damping: torch.Tensor
+
+    def whiten(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient / self.damping.sqrt()
+
+
+def layer_products(
+    metric: Metric,
+    domain_blocks: int,
+    reference_blocks: int,
+    gradient: Callable[[str, int], torch.Tensor],
+) -> Array:
+    """[domain blocks, reference blocks] products of one layer.
+
+    Args:
+        gradient: (`domain` or `reference`, number of the block) → [d_out, d_in] gradient sum.
+    """
+    references = torch.stack([metric.whiten(gradient("reference", c)).flatten() for c in range(reference_blocks)])
+    rows = [references @ metric.whiten(gradient("domain", b)).flatten() for b in range(domain_blocks)]
+    return np.asarray(torch.stack(rows).double().cpu().numpy())
+
+
+def schedule_damping(root: torch.Tensor, rates: float) -> torch.Tensor:
+    """Λ of a layer: AdamW's √v̂ + ε, over the sum of its learning rates."""
+    return root / rates
+
+
+def layer_damping(damping: torch.Tensor) -> float:
+    """The one λ that moves a layer as far as its Λ does, in the mean over its weights."""
+    return float(1 / (1 / damping.double()).mean())
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A sample's blocks and what is asked of them.
+
+    Attributes:
+        blocks: every domain's B blocks, one domain after another, then every reference set's.
+        domains: how many domains; there are as many reference sets as the other blocks make.
+        damping: Λ by weight, as the SFT saved it; needed by `adam` and by ``damping: schedule``.
+    """
+
+    blocks: Sequence[Block]
+    domains: int
+    settings: InfluenceConfig
+    damping: Mapping[str, torch.Tensor]
+    seed: int
+    batch_tokens: int
+    device: torch.device
+
+
+def influence_tables(
+    model: nn.Module, layers: list[str], sample: Sampled, solvers: Sequence[str]
+) -> dict[str, InfluenceTable]:
+    """The influence of every domain on every reference set by each of these solvers.
+
+    Everything stays in memory; ``service.influence`` does the same on many workers, through files.
+
+    Raises:
+        FloatingPointError: a layer's curvature can't be inverted; it is named.
+    """
+    settings, where = sample.settings, sample.device
+    found: list[BlockGradient] = []
+    sums = accumulate(
+        model,
+        layers,
+        sample.blocks,
+        fisher=settings.fisher,
+        factors=any(solver in (*FACTORED, "exact") for solver in solvers),
+        seed=sample.seed,
+        batch_tokens=sample.batch_tokens,
+        device=where,
+        done=lambda _, gradient: found.append(gradient),
+    )
+    split = sample.domains * settings.blocks
+    own = {layer: wide(sample.damping[f"{layer}.weight"].to(where)) for layer in layers} if sample.damping else {}
+    factored = any(solver in FACTORED for solver in solvers)
+    bases = {layer: layer_bases(sums, layer) for layer in layers} if factored else {}
+    refined = _refined(model, bases, sample, sums.s[layers[0]].dtype) if "ekfac" in solvers else {}
+    tables = {}
+    gradients = [block.gradients for block in found]
+    sizes = [(block.tokens, block.loss) for block in found]
+    for solver in solvers:
+        if solver == "exact":
+            rows = _exactly(model, layers, sums, gradients, sizes, sample, own)
+        else:
+            rows = [
+                layer_products(
+                    _metric(solver, layer, bases, refined, sums, settings, own),
+                    split,
+                    len(found) - split,
+                    lambda side, b, layer=layer: gradients[b + (split if side == "reference" else 0)][layer],
+                )
+                for layer in layers
+            ]
+        tables[solver] = table_of(rows, sizes, sample.domains, settings.blocks)
+    return tables
+
+
+def table_of(
+    rows: Sequence[Array], sizes: Sequence[tuple[int, float]], domains: int, blocks: int
+) -> InfluenceTable:
+    """The table from each layer's [domain blocks, reference blocks] products.
+
+    Args:
+        sizes: (supervised tokens, summed loss) of every block, domains' first.
+    """
+    tokens = np.array([size for size, _ in sizes], float).reshape(-1, blocks)
+    losses = np.array([loss for _, loss in sizes]).reshape(-1, blocks)
+    references = len(tokens) - domains
+    return InfluenceTable(
+        np.stack([row.reshape(domains, blocks, references, blocks) for row in rows]),
+        tokens[:domains],
+        tokens[domains:],
+        losses[domains:].sum(1) / tokens[domains:].sum(1),
+    )
+
+
+def layer_bases(sums: FactorSums, layer: str) -> tuple[Eigenbasis, Eigenbasis]:
+    """(of A, of S) of a layer.
+
+    Raises:
+        FloatingPointError: one of them can't be decomposed; the layer is named.
+    """
+    try:
+        return eigenbasis(sums.a[input_group(layer)] / sums.positions), eigenbasis(sums.s[layer] / sums.positions)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"influence: layer {layer} {error}") from None
+
+
+def exact_damping(
+    sums: FactorSums, layers: Sequence[str], settings: InfluenceConfig, own: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor | float]:
+    """Λ of `exact`: AdamW's, or a multiple of each layer's mean eigenvalue, which its factors' traces give."""
+    if settings.damping == "schedule":
+        return dict(own)
+    means = {
+        layer: float(sums.a[input_group(layer)].diagonal().mean() * sums.s[layer].diagonal().mean() / sums.positions)
+        for layer in layers
+    }
+    return {layer: settings.damping * mean for layer, mean in means.items()}
+
+
+def curvature_blocks(blocks: Sequence[Block], domains: int, settings: InfluenceConfig) -> list[Block]:
+    """The first examples of each domain's sample with weights that sum to the domain's, for `exact`."""
+    taken = []
+    for j in range(domains):
+        own = blocks[j * settings.blocks : (j + 1) * settings.blocks]
+        share = -(-settings.curvature_examples // settings.blocks)
+        cut = [replace(b, items=b.items[:share], keys=b.keys[:share]) for b in own]
+        scale = _tokens(own) / _tokens(cut)
+        taken += [replace(b, weight=b.weight * scale) for b in cut]
+    return taken
+
+
+def _tokens(blocks: Sequence[Block]) -> int:
+    return sum(int(supervised[1:].sum()) for block in blocks for _, supervised in block.items)
+
+
+def _metric(
+    solver: str,
+    layer: str,
+    bases: Mapping[str, tuple[Eigenbasis, Eigenbasis]],
+    refined: Mapping[str, torch.Tensor],
+    sums: FactorSums,
+    settings: InfluenceConfig,
+    own: Mapping[str, torch.Tensor],
+) -> Metric:
+    if solver == "adam":
+        return Diagonal(own[layer])
+    if solver not in FACTORED:
+        return Plain()
+    a, s = bases[layer]
+    better = refined[layer] if solver == "ekfac" else None
+    return layer_curvature(layer, a, s, sums.positions, settings, own.get(layer), better, sums.s[layer].dtype)
+
+
+def layer_curvature(
+    layer: str,
+    a: Eigenbasis,
+    s: Eigenbasis,
+    positions: float,
+    settings: InfluenceConfig,
+    own: torch.Tensor | None,
+    refined: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> Eigen:
+    """A layer's damped curvature as the settings ask for it.
+
+    Raises:
+        FloatingPointError: there is none; the layer is named.
+    """
+    scheduled = settings.damping == "schedule"
+    try:
+        return curvature(
+            a,
+            s,
+            positions,
+            0.0 if settings.damping == "schedule" else settings.damping,
+            dtype,
+            refined=refined,
+            absolute=layer_damping(own) if scheduled and own is not None else None,
+        )
+    except FloatingPointError as error:
+        raise FloatingPointError(f"influence: layer {layer} {error}") from None
+
+
+def _refined(
+    model: nn.Module, bases: Mapping[str, tuple[Eigenbasis, Eigenbasis]], sample: Sampled, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    return squared_gradients(
+        model,
+        {layer: (s.vectors.to(dtype), a.vectors.to(dtype)) for layer, (a, s) in bases.items()},
+        sample.blocks,
+        fisher=sample.settings.fisher,
+        seed=sample.seed,
+        batch_tokens=sample.batch_tokens,
+        device=sample.device,
+    )
+
+
+def _exactly(
+    model: nn.Module,
+    layers: list[str],
+    sums: FactorSums,
+    gradients: Sequence[Vectors],
+    sizes: Sequence[tuple[int, float]],
+    sample: Sampled,
+    own: Mapping[str, torch.Tensor],
+) -> list[Array]:
+    settings = sample.settings
+    system = GaussNewton(
+        model,
+        layers,
+        curvature_blocks(sample.blocks, sample.domains, settings),
+        sample.batch_tokens,
+        sample.device,
+    )
+    sets = len(gradients) // settings.blocks
+    totals = {
+        layer: torch.stack([g[layer] for g in gradients]).unflatten(0, (sets, settings.blocks)).sum(1) for layer in layers
+    }
+    solution = conjugate_gradients(
+        system.product,
+        totals,
+        exact_damping(sums, layers, settings, own),
+        tolerance=settings.residual,
+        limit=settings.products,
+    )
+    tokens = np.array([size for size, _ in sizes], float).reshape(sets, -1)
+    return [
+        exact_products(solution.vectors[layer], torch.stack([g[layer] for g in gradients]), tokens, sample.domains)
+        for layer in layers
+    ]
+
+
+def exact_products(solved: torch.Tensor, gradients: torch.Tensor, tokens: Array, domains: int) -> Array:
+    """[domain blocks, reference blocks] products of one layer from one solution for each *set*.
+
+    The influence is bilinear in the two gradients, so with s = its block's share of a set's tokens, to first order
+
+        P_jb,rc = s_rc ⟨x_r, g_jb⟩ + s_jb ⟨x_j, g_rc⟩ − s_jb s_rc ½(⟨x_r, g_j⟩ + ⟨x_j, g_r⟩),      x = (H + Λ)⁻¹ g,
+
+    whose sum over blocks is ⟨g_r, (H + Λ)⁻¹ g_j⟩, and whose bootstrap has both sides' spread: sets + sets systems in
+    place of blocks.
+
+    Args:
+        solved: [sets, d_out, d_in] x of every set, domains first.
+        gradients: [sets · B, d_out, d_in] sums of every block.
+        tokens: [sets, B] supervised tokens.
+    """
+    products = (gradients.flatten(1) @ solved.flatten(1).T).double().cpu().numpy()  # [blocks, sets]
+    split, shares = domains * tokens.shape[1], (tokens / tokens.sum(1, keepdims=True)).ravel()
+    of_domain = products[:split, domains:]
+    of_reference = products[split:, :domains]
+    blocks = tokens.shape[1]
+    by_domain = of_domain.reshape(domains, blocks, -1).sum(1)
+    by_reference = of_reference.reshape(-1, blocks, domains).sum(1).T
+    middle = np.kron((by_domain + by_reference) / 2, np.ones((blocks, blocks)))
+    mine, theirs = shares[:split, None], shares[None, split:]
+    return np.asarray(
+        np.repeat(of_domain, blocks, 1) * theirs + np.repeat(of_reference, blocks, 1).T * mine - middle * mine * theirs
+    )
