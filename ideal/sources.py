@@ -14,6 +14,7 @@ from typing import Any
 from ideal.chat import Message, Unusable
 from ideal.config import Source
 from ideal.errors import BadInput
+from ideal.mixture import seeded
 
 REQUIRED = {"chat": ["messages"], "prompt": ["prompt", "completion"], "instruction": ["instruction", "output"]}
 
@@ -30,6 +31,8 @@ def rows(source: Source, where: str) -> Iterator[Row]:
     found = (
         _made(source, where) if source.reasoning_gym else _hub(source, where) if source.hub else _local(source, where)
     )
+    if source.wrong:
+        found = _with_wrong_answers(found, source, where)
     limit = None if source.reasoning_gym else source.size
     for number, row in enumerate(found):
         if limit is not None and number >= limit:
@@ -47,6 +50,8 @@ def messages(row: dict[str, Any] | None, source: Source, where: str) -> list[Mes
     if row is None:
         raise Unusable("malformed")
     form = source.format if source.format != "auto" else _detect(row, source, where)
+    if set(row) == {"messages"}:  # already a chat: a row whose answer was changed
+        form = "chat"
     value = {name: _pick(row, source.fields.get(name, name)) for name in [*REQUIRED[form], "input", "system"]}
     if any(value[name] is None for name in REQUIRED[form]):
         raise Unusable("malformed")
@@ -165,6 +170,27 @@ def _made(source: Source, where: str) -> Iterator[Row]:
                 "completion": str(entry["answer"]),
             },
         )
+
+
+def _with_wrong_answers(found: Iterator[Row], source: Source, where: str) -> Iterator[Row]:
+    """A share of the rows with the answer of another row, as prompts and completions; which ones is seeded."""
+    talks: list[tuple[str, list[Message] | None]] = []
+    for place, row in found:
+        try:
+            talks.append((place, messages(row, source, where)))
+        except Unusable:
+            talks.append((place, None))
+    usable = [number for number, (_, talk) in enumerate(talks) if talk]
+    random = seeded(source.seed, "wrong")
+    chosen = [usable[i] for i in random.permutation(len(usable))[: round(source.wrong * len(usable))]]
+    answers = {n: talk[-1]["content"] for n, (_, talk) in enumerate(talks) if talk}
+    swapped = dict(zip(chosen, [answers[n] for n in [*chosen[1:], *chosen[:1]]], strict=True))
+    for number, (place, talk) in enumerate(talks):
+        if talk is None:
+            yield place, None
+        else:
+            last = {"role": talk[-1]["role"], "content": swapped.get(number, talk[-1]["content"])}
+            yield place, {"messages": [*talk[:-1], last]}
 
 
 def _detect(row: dict[str, Any], source: Source, where: str) -> str:

@@ -27,7 +27,6 @@ from ideal.examples import ExampleSet
 from ideal.mixture import data_order, draw
 from ideal.model import DTYPES, load_model, summed_loss, supervised_logits
 
-
 DAMPING = "damping.safetensors"
 """AdamW's Λ beside a trained model."""
 

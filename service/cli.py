@@ -57,6 +57,14 @@ def sync(config: ConfigPath, set_: Overrides = None) -> None:
 
 
 @app.command()
+def fidelity(config: ConfigPath, set_: Overrides = None) -> None:
+    """Measure how well each solver's influence predicts what retraining does."""
+    from service import run as runs
+
+    runs.fidelity(configs.load(config, set_), Console())
+
+
+@app.command()
 def sensitivity(config: ConfigPath, set_: Overrides = None) -> None:
     """Say how the mixture hangs on the reference set, from a run's records; starts nothing."""
     from service.sensitivity import examine

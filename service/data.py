@@ -6,11 +6,15 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import ray
+import torch
+
 from ideal.benchmarks import tasks
 from ideal.chat import ChatEncoder
-from ideal.config import Config, ModelConfig
+from ideal.config import Config, ModelConfig, Source
 from ideal.domains import prepare
 from ideal.model import load_tokenizer, local_folder, materialise, read_template
+from ideal.pretraining import pretrain
 from ideal.sources import files_of
 from service.progress import Reporter
 
@@ -31,6 +35,9 @@ def reference_file(data: Path, domain: str) -> Path:
 def model_settings(config: ModelConfig) -> dict[str, Any]:
     """What the base model's files depend on; of local files their content, whatever their place."""
     settings: dict[str, Any] = {"source": config.source, "revision": config.revision}
+    if config.made:
+        corpus = [_source(f"model.made.corpus.{n}", source) for n, source in enumerate(config.made.corpus)]
+        settings["made"] = {**config.made.model_dump(mode="json"), "corpus": corpus, "max_tokens": config.max_tokens}
     origin = local_folder(config)
     if origin:
         settings["source"] = {f.name: _digest(f) for f in sorted(origin.iterdir()) if f.is_file()}
@@ -40,28 +47,33 @@ def model_settings(config: ModelConfig) -> dict[str, Any]:
     return settings
 
 
-def base_model(folder: Path, config: ModelConfig) -> dict[str, Any]:
-    """Put θ₀ into ``folder/model``."""
+def base_model(folder: Path, config: ModelConfig, cpus: int, progress: Reporter) -> dict[str, Any]:
+    """Put θ₀ into ``folder/model``; one that is made is trained by a worker of so many CPUs."""
     (folder / MODEL).mkdir(exist_ok=True)
-    materialise(config, folder / MODEL)
+    if config.made:
+        ray.get(_pretrain.options(num_cpus=cpus).remote(config, folder / MODEL, cpus, progress))
+    else:
+        materialise(config, folder / MODEL)
     return {"bytes": sum(f.stat().st_size for f in (folder / MODEL).iterdir())}
+
+
+@ray.remote
+def _pretrain(config: ModelConfig, folder: Path, cpus: int, progress: Reporter) -> float:
+    assert config.made
+    torch.set_num_threads(cpus)
+    return pretrain(config.made, folder, config.max_tokens, progress)
 
 
 def data_settings(config: Config) -> dict[str, Any]:
     """What the examples depend on: sources with their files' content, and the benchmarks they must not overlap."""
-
-    def source(where: str, value: Any) -> dict[str, Any]:
-        files = [_digest(path) for path in files_of(value, where)]
-        return {**value.model_dump(mode="json", exclude={"files"}), "files": files}
-
     return {
         "max_tokens": config.model.max_tokens,
         "max_rejected": config.max_rejected,
         "domains": [
             {
                 "name": d.name,
-                "train": source(f"domains.{d.name}.train", d.train),
-                "reference": source(f"domains.{d.name}.reference", d.reference),
+                "train": _source(f"domains.{d.name}.train", d.train),
+                "reference": _source(f"domains.{d.name}.reference", d.reference),
             }
             for d in config.domains
         ],
@@ -100,6 +112,12 @@ def data(folder: Path, *, model: Path, config: Config, progress: Reporter) -> di
             "account": domain.account,
         }
     return found
+
+
+def _source(where: str, source: Source) -> dict[str, Any]:
+    """A source with its files' content in place of their names."""
+    files = [_digest(path) for path in files_of(source, where)]
+    return {**source.model_dump(mode="json", exclude={"files"}), "files": files}
 
 
 def _digest(path: Path) -> str:

@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from ideal.config import Config
 from ideal.domains import starting_volumes
@@ -23,13 +21,13 @@ from ideal.influence import InfluenceTable
 from service import data
 from service.benchmark import Benchmarks
 from service.cluster import Cluster
-from service.failures import explain
 from service.influence import TABLE, Sample, influence
 from service.plan import layer_blocks
 from service.progress import Display
 from service.reference import reference_losses
 from service.sft import sft
-from service.stages import Record, Stage, Store, Unfinished
+from service.stages import Record, Stage, Store
+from service.study import Study
 
 
 @dataclass
@@ -83,7 +81,7 @@ class Outcome:
         return [self.data, *(record for part in parts for record in part if record)]
 
 
-class Optimisation:
+class Optimisation(Study):
     """One run of the method.
 
     Args:
@@ -98,7 +96,7 @@ class Optimisation:
         display: Display,
         happened: Callable[[Outcome], None] = lambda outcome: None,
     ) -> None:
-        self.config, self.cluster, self.store, self.display = config, cluster, store, display
+        super().__init__(config, cluster, store, display)
         self.happened = happened
         self.benchmarks = Benchmarks(config, cluster)
 
@@ -109,8 +107,8 @@ class Optimisation:
             BadInput: something in the config or the data doesn't hold.
         """
         config = self.config.equilibrium
-        self.base = self._base_model()
-        self.data = self._data()
+        self.base = self.base_model()
+        self.data = self.example_sets()
         self.outcome = Outcome(self.data)
         try:
             current = self._train(0, starting_volumes(self.config, self.data.result), None)
@@ -167,18 +165,6 @@ class Optimisation:
             config.influence.confidence,
         )
 
-    def _base_model(self) -> Record:
-        stage = Stage("model", data.model_settings(self.config.model), {})
-        return self._run(stage, "base model", lambda folder, _: data.base_model(folder, self.config.model))
-
-    def _data(self) -> Record:
-        stage = Stage("data", data.data_settings(self.config), {"model": self.base.fingerprint})
-        return self._run(
-            stage,
-            "data",
-            lambda folder, progress: data.data(folder, model=self.base.folder, config=self.config, progress=progress),
-        )
-
     def _train(self, number: int, volumes: dict[str, int], m: float | None) -> Iteration:
         """SFT on a mixture, and its reference loss."""
         config = self.config
@@ -187,7 +173,7 @@ class Optimisation:
             {"sft": config.sft.model_dump(mode="json"), "seed": config.seed, "volumes": volumes},
             {"model": self.base.fingerprint, "data": self.data.fingerprint},
         )
-        trained = self._run(
+        trained = self.stage(
             stage,
             f"D{number} SFT",
             lambda folder, progress: sft(
@@ -207,7 +193,7 @@ class Optimisation:
             {"precision": config.influence.precision},
             {"sft": trained.fingerprint, "data": self.data.fingerprint},
         )
-        losses = self._run(
+        losses = self.stage(
             stage,
             f"D{number} reference",
             lambda folder, progress: reference_losses(
@@ -249,7 +235,7 @@ class Optimisation:
             {"sft": current.sft.fingerprint, "data": self.data.fingerprint},
         )
         sample = Sample(self.data.folder, current.volumes, config.influence, config.seed)
-        current.influence = self._run(
+        current.influence = self.stage(
             stage,
             f"D{current.number} influence",
             lambda folder, progress: influence(
@@ -271,27 +257,9 @@ class Optimisation:
             {"benchmarks": data.benchmark_settings(config), "max_tokens": config.model.max_tokens},
             {"sft": current.sft.fingerprint},
         )
-        current.benchmark = self._run(
+        current.benchmark = self.stage(
             stage,
             f"D{current.number} benchmarks",
             lambda folder, progress: self.benchmarks.score(folder, checkpoint=current.sft.folder, progress=progress),
         )
         self.happened(self.outcome)
-
-    def _run(self, stage: Stage, name: str, work: Callable[[Path, Any], dict[str, Any]]) -> Record:
-        """The stage's record, with a progress line while it runs.
-
-        Raises:
-            BadInput: as it came from a worker, or StageFailed around any other error.
-        """
-
-        def shown(folder: Path) -> dict[str, Any]:
-            with self.display.stage(name) as progress:
-                return work(folder, progress)
-
-        try:
-            return self.store.run(stage, shown)
-        except Unfinished:
-            raise
-        except Exception as error:
-            raise explain(error, stage, name) from error

@@ -17,9 +17,10 @@ from rich.markup import escape
 
 from ideal.config import Config
 from ideal.errors import BadInput
-from service import check, report
+from service import check, fidelity_report, report
 from service.cluster import Cluster, connect
 from service.driver import Optimisation, Outcome
+from service.fidelity import Fidelity
 from service.progress import Display
 from service.stages import Records, Store, Unfinished
 from service.tracking import Tracker, uri_of
@@ -61,6 +62,39 @@ def run(config: Config, console: Console) -> Outcome:
     console.print(f"Report: {path}", soft_wrap=True)
     console.print(f"MLflow: {mlflow_command(config)}", soft_wrap=True)
     return outcome
+
+
+def fidelity(config: Config, console: Console) -> dict[str, Any]:
+    """Measure how well influence predicts retraining, or go on where that was left; the tables come at the end.
+
+    Raises:
+        BadInput: something in the config or the data doesn't hold.
+        StageFailed: a stage broke.
+    """
+
+    def notice(line: str) -> None:
+        console.print(f"[yellow]![/] {escape(line)}")
+
+    folder = config.root / "fidelity" / f"{config.name}-{run_key(config)}"
+    store = Store(config.root, notice)
+    tracker = Tracker(config, f"fidelity-{run_key(config)}", folder, notice)
+    check.before_start(config)
+    fresh = not ray.is_initialized()
+    cluster = connect(config)
+    console.print(f"[bold]{config.name}[/] on {cluster.describe()}; stages in {config.root}")
+    try:
+        with Display(console) as display:
+            findings = Fidelity(config, cluster, store, display).run()
+    finally:
+        if fresh:
+            ray.shutdown()
+    found = fidelity_report.write(folder, findings, config)
+    tracker.write_study(fidelity_report.metrics(found))
+    for table in fidelity_report.rich_tables(found):
+        console.print(table)
+    console.print(f"Report: {folder / 'fidelity.md'}", soft_wrap=True)
+    console.print(f"MLflow: {mlflow_command(config)}", soft_wrap=True)
+    return found
 
 
 def sync(config: Config, console: Console) -> bool:

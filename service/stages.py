@@ -33,7 +33,16 @@ RECORD = "stage.json"
 WORK = "work"
 """A stage's folder for what a retry goes on from; gone once it is recorded."""
 
-RESULTS_CHANGED_IN = {"model": 1, "data": 1, "sft": 2, "reference": 1, "influence": 2, "benchmark": 1}
+RESULTS_CHANGED_IN = {
+    "model": 1,
+    "data": 1,
+    "sft": 2,
+    "reference": 1,
+    "influence": 2,
+    "benchmark": 1,
+    "retraining": 1,
+    "prediction": 1,
+}
 """Raised when new code gives a kind of stage other results, so that old records are not taken for new ones."""
 
 
@@ -42,7 +51,7 @@ class Stage:
     """A step and everything that its result depends on.
 
     Attributes:
-        kind: model, data, sft, reference, influence or benchmark.
+        kind: one of ``RESULTS_CHANGED_IN``.
         settings: JSON-like; what doesn't change the result stays out.
         inputs: fingerprints by role.
     """

@@ -58,8 +58,17 @@ class Tracker:
 
     def write(self, outcome: Outcome) -> bool:
         """Write what MLflow hasn't yet; False if it couldn't be reached."""
+        return self._attempt(lambda: self._write(outcome))
+
+    def write_study(self, metrics: dict[str, float]) -> bool:
+        """Write a study's figures and its folder as one run; False if MLflow couldn't be reached."""
+        return self._attempt(lambda: self._write_study(metrics))
+
+    def _attempt(self, write: Callable[[], None]) -> bool:
         try:
-            self._write(outcome)
+            self.client = MlflowClient(self.uri)
+            self.experiment = self._experiment()
+            write()
         except (MlflowException, requests.RequestException, OSError) as error:
             if not self.behind:
                 self.notice(
@@ -73,9 +82,18 @@ class Tracker:
         self.behind = False
         return True
 
+    def _write_study(self, metrics: dict[str, float]) -> None:
+        run = self._run(self.key, self.config.name, None)
+        self._once(run, "config", self._parameters)
+
+        def end(run: Run) -> None:
+            self._metrics(run, metrics, 0)
+            self.client.log_artifacts(run.info.run_id, str(self.folder))
+            self.client.set_terminated(run.info.run_id)
+
+        self._once(run, "end", end)
+
     def _write(self, outcome: Outcome) -> None:
-        self.client = MlflowClient(self.uri)
-        self.experiment = self._experiment()
         parent = self._run(self.key, self.config.name, None)
         self._once(parent, "config", self._parameters)
         for position, iteration in enumerate(outcome.iterations):

@@ -39,6 +39,10 @@ class Block:
     keys: Sequence[int]
     weight: float
 
+    def supervised(self) -> int:
+        """Supervised tokens in it."""
+        return sum(int(supervised[1:].sum()) for _, supervised in self.items)
+
 
 class FactorSums:
     """Weighted sums of a aᵀ and g gᵀ over positions, for every tracked layer.
@@ -129,9 +133,7 @@ def accumulate(
     return sums
 
 
-def sampled_loss(
-    logits: torch.Tensor, batch: Batch, block: Block, members: Sequence[int], seed: int
-) -> torch.Tensor:
+def sampled_loss(logits: torch.Tensor, batch: Batch, block: Block, members: Sequence[int], seed: int) -> torch.Tensor:
     """Summed loss of labels that the model itself draws: its gradient is the Fisher's."""
     keys = [block.keys[i] for i in members]
     drawn = sample_labels(logits.detach(), batch, keys, block.set, seed)
@@ -152,7 +154,9 @@ def sample_labels(logits: torch.Tensor, batch: Batch, keys: Sequence[int], set_n
     return drawn.clamp(max=logits.shape[-1] - 1)
 
 
-def output_gradients_of(recorder: Recorder, layers: list[str], loss: torch.Tensor, keep: bool) -> dict[str, torch.Tensor]:
+def output_gradients_of(
+    recorder: Recorder, layers: list[str], loss: torch.Tensor, keep: bool
+) -> dict[str, torch.Tensor]:
     """[n, L, d_out] by layer."""
     gradients = torch.autograd.grad(loss, [recorder.outputs[layer] for layer in layers], retain_graph=keep)
     return dict(zip(layers, gradients, strict=True))

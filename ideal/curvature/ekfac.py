@@ -47,7 +47,9 @@ def squared_gradients(
         the mixture's mean loss per supervised token.
     """
     layers = list(bases)
-    found = {layer: torch.zeros(len(q_s), len(q_a), device=device, dtype=q_s.dtype) for layer, (q_s, q_a) in bases.items()}
+    found = {
+        layer: torch.zeros(len(q_s), len(q_a), device=device, dtype=q_s.dtype) for layer, (q_s, q_a) in bases.items()
+    }
     with record(model, layers) as recorder:
         for block in blocks:
             if not block.weight > 0:

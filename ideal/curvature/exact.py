@@ -39,9 +39,12 @@ class GaussNewton:
         self, model: nn.Module, layers: Sequence[str], blocks: Sequence[Block], batch_tokens: int, device: torch.device
     ) -> None:
         self.model = model.requires_grad_(False)
-        self.weights = {layer: model.get_submodule(layer).weight for layer in layers}
+        self.weights: Vectors = {layer: model.get_parameter(f"{layer}.weight") for layer in layers}
         self.batches = [
-            (batch, block.weight) for block in blocks if block.weight > 0 for _, batch in batches(block.items, batch_tokens)
+            (batch, block.weight)
+            for block in blocks
+            if block.weight > 0
+            for _, batch in batches(block.items, batch_tokens)
         ]
         self.device = device
 
@@ -59,9 +62,9 @@ class GaussNewton:
     def _one(self, batch: Batch, vector: Vectors) -> Vectors:
         weights = {layer: w.detach().requires_grad_() for layer, w in self.weights.items()}
         with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-            duals = {f"{layer}.weight": forward_ad.make_dual(w, vector[layer].to(w)) for layer, w in weights.items()}
-            dual = functional_call(_Logits(self.model), {f"model.{k}": v for k, v in duals.items()}, (batch,))
-            logits, moved = forward_ad.unpack_dual(dual)
+            duals = {f"model.{x}.weight": forward_ad.make_dual(w, vector[x].to(w)) for x, w in weights.items()}  # type: ignore[no-untyped-call]
+            dual = functional_call(_Logits(self.model), duals, (batch,))
+            logits, moved = forward_ad.unpack_dual(dual)  # type: ignore[no-untyped-call]
             p = logits.detach().softmax(-1)
             tangent = p * (moved.detach() - (p * moved.detach()).sum(-1, keepdim=True))
         gradients = torch.autograd.grad(logits, list(weights.values()), tangent)
@@ -134,5 +137,3 @@ def conjugate_gradients(
         p = combine(z, rz / before.clamp(min=1e-300), p)
         done += 1
     return Solution(x, (inner(r, r).sqrt() / size).tolist(), done)
-
-

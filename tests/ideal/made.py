@@ -9,11 +9,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from ideal.config import InfluenceConfig
 from ideal.curvature.accumulate import BlockGradient, FactorSums, accumulate
 from ideal.curvature.kfac import Eigen, curvature, eigenbasis
 from ideal.curvature.layers import input_group
 from ideal.examples import ExampleSet
-from ideal.config import InfluenceConfig
 from ideal.influence import InfluenceTable, split
 from ideal.solvers import Sampled, influence_tables
 

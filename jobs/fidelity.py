@@ -1,0 +1,15 @@
+"""``ideal fidelity`` as a Ray job.
+
+ray job submit --working-dir . -- python -m jobs.fidelity jobs/configs/fidelity.yaml
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from service.cli import guarded
+
+if __name__ == "__main__":
+    os.environ.setdefault("RAY_ADDRESS", "auto")
+    sys.exit(guarded(["fidelity", *sys.argv[1:]]))

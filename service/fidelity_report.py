@@ -1,0 +1,212 @@
+"""What a fidelity study found, as tables, a scatter plot and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from ideal.config import Config
+from ideal.fidelity import Measure, agreement, ceiling, coverage, decided, predicted, slope
+from ideal.influence import Array
+from service.fidelity import Findings
+
+FORMS = {"centred": True, "uncentred": False}
+COLUMNS = ["pearson", "spearman", "cosine", "signs", "slope"]
+SCOPES: dict[str, Callable[[Array], Array]] = {
+    "matrix": np.asarray,
+    "macro": lambda values: np.asarray(values.mean(-1)),
+}
+"""All M × R entries, and their mean over reference sets."""
+
+
+def summary(findings: Findings, config: Config) -> dict[str, Any]:
+    """Every number of the study, JSON-like: mode → scope → ceiling and one entry for each solver and form."""
+    found: dict[str, Any] = {
+        "domains": findings.domains,
+        "volumes": findings.volumes,
+        "seeds": config.fidelity.seeds,
+        "change": config.fidelity.change,
+        "seconds": findings.seconds,
+        "reference_loss": findings.base.mean(0).tolist(),
+        "modes": {},
+    }
+    for mode, actual in findings.actual.items():
+        scopes: dict[str, Any] = {}
+        for scope, of in SCOPES.items():
+            truth = of(actual)
+            measured: dict[str, Any] = {
+                "decided": f"{int(decided(truth).sum())} of {truth[0].size}",
+                "ceiling": _plain(ceiling(truth, config.seed)),
+                "solvers": {},
+            }
+            for solver in findings.tables:
+                for form, centred in FORMS.items():
+                    prediction = of(predictions(findings, solver, mode, centred))
+                    measured["solvers"][f"{solver}, {form}"] = _plain(agreement(prediction, truth, config.seed))
+            scopes[scope] = measured
+        found["modes"][mode] = {
+            **scopes,
+            "actual": actual.mean(0).tolist(),
+            "standard_error": (actual.std(0, ddof=1) / np.sqrt(len(actual))).tolist(),
+            "predicted": {
+                solver: predictions(findings, solver, mode, True).mean(0).tolist() for solver in findings.tables
+            },
+            "coverage": {solver: covered(findings, solver, mode, config) for solver in findings.tables},
+        }
+    return found
+
+
+def predictions(findings: Findings, solver: str, mode: str, centred: bool) -> Array:
+    """[S, M, R] predicted dQ_r/dβ_j."""
+    influence = np.array([table.matrix() for table in findings.tables[solver]])
+    return predicted(influence, findings.volumes, findings.tokens, mode, centred)
+
+
+def covered(findings: Findings, solver: str, mode: str, config: Config) -> dict[str, float]:
+    """How often a seed's interval holds the value it stands for.
+
+    `actual`: the retrainings' mean, at the slope that fits all entries best. `own`: the mean prediction of all seeds,
+    which is what the interval would hold if sampling were its only error.
+    """
+    tail = (1 - config.influence.confidence) / 2
+    bounds = []
+    for table in findings.tables[solver]:
+        cloud = predicted(
+            table.resampled(config.influence.resamples, config.seed), findings.volumes, findings.tokens, mode, True
+        )
+        bounds.append(np.quantile(cloud, [tail, 1 - tail], axis=0))
+    low, high = np.array(bounds).transpose(1, 0, 2, 3)
+    prediction, actual = predictions(findings, solver, mode, True).mean(0), findings.actual[mode].mean(0)
+    return {
+        "actual": coverage(low, high, actual / slope(prediction, actual)),
+        "own": coverage(low, high, prediction),
+    }
+
+
+def tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(heading, columns, rows) for each mode and scope."""
+    shown = []
+    for mode, scopes in found["modes"].items():
+        for scope in SCOPES:
+            measured = scopes[scope]
+            heading = (
+                f"fixed {mode}, {'every domain on every reference set' if scope == 'matrix' else 'their mean'}: "
+                f"{measured['decided']} signs decided"
+            )
+            top = measured["ceiling"]
+            rows = [["half the seeds by the other half", *(_cell(top.get(c)) for c in COLUMNS), ""]]
+            for name, values in measured["solvers"].items():
+                solver = name.partition(",")[0]
+                rows.append([name, *(_cell(values[c]) for c in COLUMNS), f"{found['seconds'][solver]:.0f}"])
+            shown.append((heading, ["predictor", *COLUMNS, "seconds"], rows))
+    return shown
+
+
+def rich_tables(found: dict[str, Any]) -> list[Table]:
+    """For a terminal."""
+    made = []
+    for heading, columns, rows in tables(found):
+        table = Table(*columns, title=heading, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        made.append(table)
+    return made
+
+
+def scatter(findings: Findings, found: dict[str, Any]) -> Figure:
+    """Predicted against actual change: a row for each mode, a column for each solver, a colour for each domain."""
+    modes, solvers = list(findings.actual), list(findings.tables)
+    size = (3.1 * len(solvers), 3.1 * len(modes))
+    figure, grid = plt.subplots(len(modes), len(solvers), figsize=size, layout="constrained", squeeze=False)
+    for row, mode in zip(grid, modes, strict=True):
+        actual = findings.actual[mode].mean(0)
+        for axes, solver in zip(row, solvers, strict=True):
+            prediction = predictions(findings, solver, mode, True).mean(0)
+            for j, domain in enumerate(findings.domains):
+                axes.scatter(prediction[j], actual[j], s=14, label=domain)
+            fit = slope(prediction, actual)
+            ends = np.array([prediction.min(), prediction.max()])
+            axes.plot(ends, fit * ends, color="grey", linewidth=0.8)
+            r = found["modes"][mode]["matrix"]["solvers"][f"{solver}, centred"]["pearson"]["value"]
+            axes.set_title(f"{solver}, fixed {mode}: r = {r:.2f}", fontsize=9)
+            axes.tick_params(labelsize=7)
+            axes.grid(alpha=0.3)
+    figure.supxlabel("predicted dQ/dβ", fontsize=9)
+    figure.supylabel("actual dQ/dβ (nats per token)", fontsize=9)
+    grid[0][-1].legend(fontsize=6)
+    return figure
+
+
+def write(folder: Path, findings: Findings, config: Config) -> dict[str, Any]:
+    """fidelity.md, fidelity.json and fidelity.png into ``folder``; returns what is in the JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = summary(findings, config)
+    (folder / "fidelity.json").write_text(json.dumps(found, indent=1))
+    figure = scatter(findings, found)
+    figure.savefig(folder / "fidelity.png", dpi=110)
+    plt.close(figure)
+    (folder / "fidelity.md").write_text(markdown(found, config))
+    return found
+
+
+def markdown(found: dict[str, Any], config: Config) -> str:
+    """The study as a page."""
+    lines = [
+        f"# {config.name}: how far influence predicts retraining",
+        "",
+        f"{found['seeds']} seeds; every volume moved by ±{found['change']:.0%}. In brackets: "
+        "90 % bootstrap intervals over seeds; of the ceiling, the middle 90 % of halvings.",
+        "",
+    ]
+    for heading, columns, rows in tables(found):
+        lines += [f"## {heading}", "", "| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+    lines += [
+        f"## How often a {config.influence.confidence:.0%} interval holds",
+        "",
+        "| solver | mode | the actual change | the mean prediction |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    for mode, scopes in found["modes"].items():
+        for solver, shares in scopes["coverage"].items():
+            lines.append(f"| {solver} | fixed {mode} | {shares['actual']:.0%} | {shares['own']:.0%} |")
+    lines += [
+        "",
+        f"One training took {found['seconds']['training']:.0f} s.",
+        "",
+        "![predicted against actual](fidelity.png)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def metrics(found: dict[str, Any]) -> dict[str, float]:
+    """The study's figures by name, as MLflow takes them: measure/mode/scope/solver."""
+    return {
+        f"{name}/{mode}/{scope}/{solver.replace(', ', '-')}": measure["value"]
+        for mode, scopes in found["modes"].items()
+        for scope in SCOPES
+        for solver, measures in scopes[scope]["solvers"].items()
+        for name, measure in measures.items()
+        if np.isfinite(measure["value"])
+    }
+
+
+def _plain(measures: dict[str, Measure]) -> dict[str, Any]:
+    return {name: asdict(measure) for name, measure in measures.items()}
+
+
+def _cell(measure: dict[str, float] | None) -> str:
+    if measure is None:
+        return ""
+    return f"{measure['value']:.2f} [{measure['low']:.2f}, {measure['high']:.2f}]"
