@@ -1,0 +1,402 @@
+"""Every solver against the dense matrix it stands for, in fp64, at a damping so small that a wrong one shows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from ideal.batches import collate
+from ideal.config import InfluenceConfig
+from ideal.curvature import kfac
+from ideal.curvature.accumulate import Block
+from ideal.curvature.ekfac import squared_gradients
+from ideal.curvature.exact import GaussNewton, Vectors, conjugate_gradients
+from ideal.curvature.kfac import eigenbasis
+from ideal.curvature.layers import input_group
+from ideal.influence import InfluenceTable, split
+from ideal.model import supervised_logits
+from ideal.solvers import (
+    Sampled,
+    curvature_blocks,
+    exact_products,
+    influence_tables,
+    layer_bases,
+    layer_damping,
+)
+from tests.ideal.made import MLP, eigens, example_set, full_loss, influence, llama, run
+
+CPU = torch.device("cpu")
+DOMAINS = [example_set(6, 1), example_set(5, 2)]
+REFERENCES = [example_set(4, 3), example_set(5, 4)]
+WEIGHTS = [0.7, 0.3]
+SOLVERS = ["identity", "adam", "kfac", "ekfac", "exact"]
+DAMPING = 0.05
+BOUND = 1e-6
+"""Relative error allowed to the right answer; `identity` misses it by far."""
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    return llama()
+
+
+def blocks(blocks_each: int = 2) -> list[Block]:
+    return [
+        block
+        for number, (domain, weight) in enumerate(zip(DOMAINS, WEIGHTS, strict=True))
+        for block in split(f"train/{number}", domain, list(range(len(domain))), blocks_each, weight)
+    ]
+
+
+def sizes(model: LlamaForCausalLM) -> dict[str, torch.Size]:
+    return {layer: model.get_parameter(f"{layer}.weight").shape for layer in MLP}
+
+
+def flat(vectors: Vectors) -> torch.Tensor:
+    """[K, n] all layers side by side."""
+    return torch.cat([vectors[layer].flatten(1) for layer in MLP], 1)
+
+
+def random_vectors(model: LlamaForCausalLM, count: int, seed: int) -> Vectors:
+    random = torch.Generator().manual_seed(seed)
+    return {x: torch.randn(count, *s, generator=random, dtype=torch.float64) for x, s in sizes(model).items()}
+
+
+def dense_gauss_newton(model: LlamaForCausalLM) -> torch.Tensor:
+    """[n, n] Σ weight Jᵀ(diag p − p pᵀ)J, position by position: the definition."""
+    weights = [model.get_parameter(f"{layer}.weight").requires_grad_() for layer in MLP]
+    n = sum(w.numel() for w in weights)
+    found = torch.zeros(n, n, dtype=torch.float64)
+    for block in blocks():
+        for item in block.items:
+            for z in supervised_logits(model, collate([item])):
+                rows = [torch.autograd.grad(value, weights, retain_graph=True) for value in z]
+                j = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+                p = z.detach().softmax(0)
+                found += block.weight * j.T @ (torch.diag(p) - torch.outer(p, p)) @ j
+    return found
+
+
+def mean_gradients(model: LlamaForCausalLM, examples: object) -> torch.Tensor:
+    """[n] by plain autograd."""
+    model.requires_grad_(True)
+    total, count = full_loss(model, examples)  # type: ignore[arg-type]
+    found = torch.autograd.grad(total / count, [model.get_parameter(f"{layer}.weight") for layer in MLP])
+    model.requires_grad_(False)
+    return torch.cat([g.flatten() for g in found])
+
+
+def lambdas(model: LlamaForCausalLM, seed: int = 5) -> dict[str, torch.Tensor]:
+    """An optimiser's Λ by weight, over two orders of magnitude."""
+    random = torch.Generator().manual_seed(seed)
+    return {
+        f"{layer}.weight": 10 ** (2 * torch.rand(s, generator=random, dtype=torch.float64) - 2)
+        for layer, s in sizes(model).items()
+    }
+
+
+# --- exact ---
+
+
+def test_gauss_newton_products_are_the_matrixs(model: LlamaForCausalLM) -> None:
+    vectors = random_vectors(model, 3, 1)
+    found = GaussNewton(model, MLP, blocks(), 64, CPU).product(vectors)
+    torch.testing.assert_close(flat(found), flat(vectors) @ dense_gauss_newton(model))
+
+
+def test_exact_influence_is_the_dense_solve(model: LlamaForCausalLM) -> None:
+    """All tracked layers together; the layers' own blocks alone would be another answer, and so would none."""
+    own = lambdas(model)
+    found = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="exact", schedule=own).matrix()
+    h = dense_gauss_newton(model)
+    damping = torch.cat([own[f"{layer}.weight"].flatten() for layer in MLP])
+    g = torch.stack([mean_gradients(model, d) for d in DOMAINS])
+    r = torch.stack([mean_gradients(model, d) for d in REFERENCES])
+    right = (g @ torch.linalg.solve(h + torch.diag(damping), r.T)).numpy()
+    np.testing.assert_allclose(found, right, rtol=BOUND, atol=BOUND * np.abs(right).max())
+
+    blockwise, start = torch.zeros_like(h), 0
+    for layer in MLP:
+        part = slice(start, start + own[f"{layer}.weight"].numel())
+        blockwise[part, part], start = h[part, part], part.stop
+    wrong = {
+        "identity": influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="identity").matrix(),
+        "the optimiser alone": influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="adam", schedule=own).matrix(),
+        "layer by layer": (g @ torch.linalg.solve(blockwise + torch.diag(damping), r.T)).numpy(),
+    }
+    for what, answer in wrong.items():
+        scaled = answer * (answer * right).sum() / (answer * answer).sum()
+        assert np.abs(scaled - right).max() > 1e-3 * np.abs(right).max(), what
+
+
+def test_relative_damping_is_of_each_layers_mean_eigenvalue(model: LlamaForCausalLM) -> None:
+    found = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="exact", damping=DAMPING).matrix()
+    sums, _ = run(model, blocks())
+    diagonal = torch.cat(
+        [
+            torch.full(
+                (s.numel(),),
+                float(DAMPING * sums.a[input_group(x)].trace() * sums.s[x].trace() / sums.positions / s.numel()),
+            )
+            for x, s in sizes(model).items()
+        ]
+    )
+    g = torch.stack([mean_gradients(model, d) for d in DOMAINS])
+    r = torch.stack([mean_gradients(model, d) for d in REFERENCES])
+    right = g @ torch.linalg.solve(dense_gauss_newton(model) + torch.diag(diagonal).double(), r.T)
+    np.testing.assert_allclose(found, right.numpy(), rtol=BOUND, atol=BOUND)
+
+
+def test_conjugate_gradients_say_how_far_they_came(model: LlamaForCausalLM) -> None:
+    h = dense_gauss_newton(model)
+    b, damping = random_vectors(model, 2, 3), dict.fromkeys(MLP, 0.01)
+
+    def product(vectors: Vectors) -> Vectors:
+        parts = (flat(vectors) @ h).split([s.numel() for s in sizes(model).values()], 1)
+        return {x: part.view(-1, *s) for (x, s), part in zip(sizes(model).items(), parts, strict=True)}
+
+    short = conjugate_gradients(product, b, damping, tolerance=1e-10, limit=3)
+    assert short.products == 3
+    left = flat(b) - flat(short.vectors) @ (h + 0.01 * torch.eye(len(h)))
+    assert short.residuals == pytest.approx((left.norm(dim=1) / flat(b).norm(dim=1)).tolist(), rel=1e-6)
+    assert max(short.residuals) > 1e-3
+    full = conjugate_gradients(product, b, damping, tolerance=1e-10, limit=10_000)
+    assert max(full.residuals) <= 1e-10
+    assert full.products < 10_000
+
+
+def test_blocks_of_a_solved_set_add_up_to_it() -> None:
+    """Shares of tokens divide a set's solution; the sum over blocks is the set's own product, exactly."""
+    random = torch.Generator().manual_seed(0)
+    gradients = torch.randn(3 * 4, 5, 7, generator=random, dtype=torch.float64)
+    tokens = np.array([[3.0, 5, 2, 6], [1, 1, 9, 4], [8, 2, 2, 2]])
+    m = torch.randn(35, 35, generator=random, dtype=torch.float64)
+    m = m @ m.T
+    sums = gradients.view(3, 4, 35).sum(1)
+    products = exact_products((sums @ m).view(3, 5, 7), gradients, tokens, 1)
+    assert products.shape == (4, 8)
+    right = (sums[:1] @ m @ sums[1:].T).numpy()
+    np.testing.assert_allclose(products.reshape(4, 2, 4).sum((0, 2)), right[0])
+    by_block = (gradients.view(12, 35)[:4] @ m @ sums[1:].T).numpy()
+    np.testing.assert_allclose(products.reshape(4, 2, 4).sum(2), by_block)
+
+
+def test_the_curvatures_examples_stand_for_all() -> None:
+    settings = InfluenceConfig(blocks=2, examples=4, curvature_examples=2)
+    chosen = curvature_blocks(blocks(), 2, settings)
+    assert [len(block.items) for block in chosen] == [1, 1, 1, 1]
+    for j, weight in enumerate(WEIGHTS):
+        assert sum(b.weight * b.supervised() for b in chosen[2 * j : 2 * j + 2]) == pytest.approx(weight)
+
+
+# --- EK-FAC ---
+
+
+def test_ekfac_is_nearer_to_the_fisher_than_kfac(model: LlamaForCausalLM) -> None:
+    """In Frobenius norm, layer by layer, against the per-example Fisher that both approximate."""
+    sums, _ = run(model, blocks(), fisher="empirical")
+    bases = {layer: layer_bases(sums, layer) for layer in MLP}
+    vectors = {layer: (s.vectors, a.vectors) for layer, (a, s) in bases.items()}
+    squares = squared_gradients(model, vectors, blocks(), fisher="empirical", seed=0, batch_tokens=64, device=CPU)
+    singles = [
+        (Block(b.set, 0, [item], [key], b.weight), b.weight)
+        for b in blocks()
+        for item, key in zip(b.items, b.keys, strict=True)
+    ]
+    _, gradients = run(model, [block for block, _ in singles], factors=False)
+    for layer, (a, s) in bases.items():
+        g = torch.stack([found.gradients[layer].flatten() for found in gradients])
+        fisher = (g.T * torch.tensor([w for _, w in singles])) @ g
+        basis = torch.kron(s.vectors, a.vectors)
+        factored = sums.positions * torch.outer(s.values, a.values).flatten()
+        errors = {
+            name: float((fisher - basis @ torch.diag(values) @ basis.T).norm())
+            for name, values in (("kfac", factored), ("ekfac", squares[layer].flatten()))
+        }
+        assert errors["ekfac"] < 0.99 * errors["kfac"]
+        torch.testing.assert_close(squares[layer].flatten(), torch.diag(basis.T @ fisher @ basis))
+        assert not torch.allclose(squares[layer], (s.vectors.T @ g.sum(0).view_as(squares[layer]) @ a.vectors) ** 2), (
+            "the square of the summed gradient would show"
+        )
+
+
+def test_ekfac_solves_with_its_own_eigenvalues(model: LlamaForCausalLM) -> None:
+    found = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="ekfac", damping=DAMPING).by_layer()
+    sums, _ = run(model, blocks())
+    bases = {layer: layer_bases(sums, layer) for layer in MLP}
+    vectors = {layer: (s.vectors, a.vectors) for layer, (a, s) in bases.items()}
+    squares = squared_gradients(model, vectors, blocks(), fisher="sampled", seed=0, batch_tokens=64, device=CPU)
+    for number, layer in enumerate(MLP):
+        a, s = bases[layer]
+        start = sum(v.numel() for x, v in sizes_before(model, layer))
+        part = slice(start, start + sizes(model)[layer].numel())
+        basis = torch.kron(s.vectors, a.vectors)
+        values = squares[layer].flatten()
+        inverse = basis @ torch.diag(1 / (values + DAMPING * values.mean())) @ basis.T
+        for j, domain in enumerate(DOMAINS):
+            for r, reference in enumerate(REFERENCES):
+                right = mean_gradients(model, reference)[part] @ inverse @ mean_gradients(model, domain)[part]
+                assert found[number, j, r] == pytest.approx(float(right), rel=BOUND)
+
+
+def sizes_before(model: LlamaForCausalLM, layer: str) -> list[tuple[str, torch.Size]]:
+    return list(sizes(model).items())[: MLP.index(layer)]
+
+
+# --- adam, and the optimiser's own damping ---
+
+
+def test_adam_divides_by_the_optimisers_damping(model: LlamaForCausalLM) -> None:
+    own = lambdas(model)
+    found = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="adam", schedule=own).matrix()
+    damping = torch.cat([own[f"{layer}.weight"].flatten() for layer in MLP])
+    right = [
+        [float((mean_gradients(model, d) * mean_gradients(model, r) / damping).sum()) for r in REFERENCES]
+        for d in DOMAINS
+    ]
+    np.testing.assert_allclose(found, right, rtol=BOUND)
+
+
+def test_a_layers_one_damping_moves_it_as_far() -> None:
+    damping = torch.tensor([[1.0, 2.0], [4.0, 8.0]])
+    assert layer_damping(damping) == pytest.approx(1 / np.mean([1, 1 / 2, 1 / 4, 1 / 8]))
+
+
+def test_factored_solvers_take_it(model: LlamaForCausalLM) -> None:
+    own = lambdas(model)
+    found = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="kfac", schedule=own).by_layer()
+    sums, _ = run(model, blocks())
+    layer = MLP[0]
+    mean = (
+        float(sums.a[input_group(layer)].trace() * sums.s[layer].trace()) / sums.positions / sizes(model)[layer].numel()
+    )
+    relative = layer_damping(own[f"{layer}.weight"]) / mean
+    other = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="kfac", damping=relative).by_layer()
+    np.testing.assert_allclose(found[0], other[0], rtol=BOUND)
+    assert not np.allclose(found[1], other[1], rtol=1e-3), "each layer has its own"
+
+
+# --- What must not matter ---
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_neither_batching_order_padding_nor_checkpointing_matters(solver: str) -> None:
+    """fp64: equal to 1e-9 of the largest entry; `exact` to its solver's residual."""
+
+    def matrix(model: LlamaForCausalLM, batch_tokens: int, turned: bool = False) -> np.ndarray:
+        parts = blocks() + [
+            block
+            for number, reference in enumerate(REFERENCES)
+            for block in split(f"reference/{number}", reference, list(range(len(reference))), 2, 0.0)
+        ]
+        if turned:
+            parts = [Block(b.set, b.number, b.items[::-1], b.keys[::-1], b.weight) for b in parts]
+        settings = InfluenceConfig.model_validate(
+            {"solver": solver, "blocks": 2, "examples": 2, "precision": "fp32", "products": 500, "residual": 1e-10}
+            | {"damping": "schedule" if solver == "exact" else DAMPING, "curvature_examples": 99}
+        )
+        sample = Sampled(parts, 2, settings, lambdas(model), 0, batch_tokens, CPU)
+        return np.asarray(influence_tables(model, MLP, sample, [solver])[solver].matrix())
+
+    one = matrix(llama(), 10**6)
+    checkpointed = llama()
+    checkpointed.gradient_checkpointing_enable()
+    checkpointed.train()  # only then it recomputes; there is no dropout
+    tolerance = 1e-9 * np.abs(one).max()
+    np.testing.assert_allclose(matrix(llama(), 1), one, atol=tolerance)
+    np.testing.assert_allclose(matrix(llama(), 40, turned=True), one, atol=tolerance)
+    if solver != "exact":  # forward-mode derivatives don't pass through checkpoints
+        np.testing.assert_allclose(matrix(checkpointed, 40), one, atol=tolerance)
+
+
+def test_several_solvers_share_one_pass(model: LlamaForCausalLM) -> None:
+    parts = blocks() + split("reference/0", REFERENCES[0], [0, 1, 2, 3], 2, 0.0)
+    settings = InfluenceConfig(blocks=2, examples=2, damping=DAMPING, products=500, residual=1e-9)
+    sample = Sampled(parts, 2, settings, lambdas(model), 0, 64, CPU)
+    together: dict[str, InfluenceTable] = influence_tables(model, MLP, sample, SOLVERS)
+    for solver in SOLVERS:
+        alone = influence_tables(model, MLP, sample, [solver])[solver]
+        np.testing.assert_allclose(together[solver].products, alone.products)
+
+
+# --- Factors that are broken ---
+
+
+def test_a_layer_that_cannot_be_inverted_is_named(model: LlamaForCausalLM) -> None:
+    sums, _ = run(model, blocks())
+    sums.s[MLP[1]][0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=f"{MLP[1]} isn't finite"):
+        layer_bases(sums, MLP[1])
+
+
+def test_a_decomposition_that_fails_is_tried_with_more_damping(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, tries = torch.linalg.eigh, []
+
+    def stubborn(matrix: torch.Tensor) -> object:
+        tries.append(matrix)
+        if len(tries) < 3:
+            raise torch.linalg.LinAlgError("did not converge")
+        return real(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", stubborn)
+    factor = torch.diag(torch.tensor([1.0, 3.0]))
+    found = eigenbasis(factor)
+    assert found.ridge == kfac.RIDGES[2]
+    torch.testing.assert_close(found.values, torch.tensor([1.0, 3.0]).double() + 2 * kfac.RIDGES[2])
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: stubborn(matrix) if tries.clear() else stubborn(matrix))
+    with pytest.raises(FloatingPointError, match="no eigen-decomposition"):
+        monkeypatch.setattr(torch.linalg, "eigh", _never)
+        eigenbasis(factor)
+
+
+def _never(matrix: torch.Tensor) -> object:
+    raise torch.linalg.LinAlgError("did not converge")
+
+
+def test_a_singular_factor_is_damped_and_its_condition_said() -> None:
+    singular = torch.diag(torch.tensor([0.0, 1.0]).double())
+    found = kfac.curvature(eigenbasis(singular), eigenbasis(singular), 1.0, 0.1, torch.float64)
+    assert found.condition > 1e12
+    assert bool(torch.isfinite(found.solve(torch.ones(2, 2).double())).all())
+
+
+def test_kfac_is_the_dense_block_where_it_is_exact() -> None:
+    """A deep linear network and one datum: each layer's Gauss-Newton block is S ⊗ A."""
+    random = torch.Generator().manual_seed(1)
+    widths = [4, 5, 3, 6]
+    weights = [
+        torch.randn(o, i, generator=random).double().requires_grad_() for i, o in zip(widths, widths[1:], strict=False)
+    ]
+    x = torch.randn(widths[0], generator=random).double()
+    inputs = [x]
+    for w in weights:
+        inputs.append(w @ inputs[-1])
+    z = inputs[-1]
+    p = z.detach().softmax(0)
+    output_hessian = torch.diag(p) - torch.outer(p, p)
+    for number, w in enumerate(weights):
+        j = torch.stack([torch.autograd.grad(value, w, retain_graph=True)[0].flatten() for value in z])
+        dense = j.T @ output_hessian @ j
+        k = torch.stack([torch.autograd.grad(value, inputs[number + 1], retain_graph=True)[0] for value in z])
+        s, a = k.T @ output_hessian @ k, torch.outer(inputs[number], inputs[number]).detach()
+        eigen = kfac.curvature(eigenbasis(a), eigenbasis(s), 1.0, DAMPING, torch.float64)
+        g = torch.randn(w.shape, generator=random).double()
+        damped = dense + DAMPING * dense.diagonal().mean() * torch.eye(len(dense)).double()
+        torch.testing.assert_close(
+            eigen.solve(g).flatten(), torch.linalg.solve(damped, g.flatten()), rtol=1e-8, atol=1e-8
+        )
+
+
+def test_eigens_of_the_tests_are_the_solvers(model: LlamaForCausalLM) -> None:
+    """The helper that other tests solve with says the same as `kfac`."""
+    found = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="kfac", damping=DAMPING).by_layer()
+    solved = eigens(run(model, blocks())[0], damping=DAMPING)
+    start = 0
+    for number, layer in enumerate(MLP):
+        shape = sizes(model)[layer]
+        part = slice(start, start + shape.numel())
+        g, r = (mean_gradients(model, x)[part].view(shape) for x in (DOMAINS[0], REFERENCES[1]))
+        assert found[number, 0, 1] == pytest.approx(float((r * solved[layer].solve(g)).sum()))
+        start = part.stop
