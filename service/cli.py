@@ -48,6 +48,33 @@ def run(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    set_: Overrides = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Shapes: a config.json, a model folder or a hub id.  [default: the config's model]"),
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of a machine that isn't there.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Memory of each, e.g. 80GB or 75GiB.")] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.1, help="Each one's TFLOP/s in the model's passes.")] = None,
+    tokens_per_example: Annotated[int, typer.Option(min=1, help="Prompt and answer together.")] = 256,
+) -> None:
+    """Predict time and memory of each stage, for this machine or with --gpus for one that isn't there."""
+    from service.forecast import forecast
+
+    forecast(
+        configs.load(config, set_),
+        Console(),
+        model=model,
+        gpus=gpus,
+        gpu_memory=gpu_memory,
+        tflops=tflops,
+        tokens_per_example=tokens_per_example,
+    )
+
+
+@app.command()
 def sync(config: ConfigPath, set_: Overrides = None) -> None:
     """Write to MLflow what it missed of a run while it couldn't be reached."""
     from service import run as runs

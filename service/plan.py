@@ -1,16 +1,25 @@
-"""What a run will take, from the model's shapes alone: memory of each worker, and the layer blocks that fit it.
+"""What a run's workers will hold, from the model's shapes alone, and the layer blocks that fit in it.
 
-Bytes: SFT keeps every parameter in the model's precision, and master weights, gradient sums and two moments in fp32.
-An influence actor keeps the model, its layers' factors and one block's gradient in fp32; then, a layer at a time, all
-reference blocks' gradients and the layer's eigenvectors in fp64.
+Each worker at its fullest; V is the vocabulary, T a forward pass's supervised tokens, w 2 bytes (bf16) or 4 (fp32):
+
+- SFT: parameters in w; master weights, gradient sums and two moments in fp32; activations; logits, their softmax
+  and its gradient in fp32 (12 T V).
+- Influence's pass: parameters in w; the layers' factors and one block's gradient in fp32; activations above the lowest
+  tracked layer; two sets of output gradients; logits, and in fp64 the distribution that labels are drawn from (28 T V).
+- Influence's solve: one eigen-decomposition in fp64; then all reference blocks' gradients of one layer, twice.
+
+Batches are taken to be full and half of their tokens supervised. Left out are what Python and its libraries hold (0.5
+to 1 GiB, in the machine's memory), and what an allocator keeps of freed memory. The test holds the formulas against
+three models' measured peaks.
 """
 
 from __future__ import annotations
 
-import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -24,14 +33,92 @@ GIB = 2**30
 USABLE = 0.85
 """Share of a device's memory that is planned with; the rest is for what a plan doesn't see."""
 
+SUPERVISED = 0.5
+"""Share of a batch's tokens that is supervised: answers, not prompts. Assumed."""
+
+WIDTH = {"bf16": 2, "fp32": 4}
+"""Bytes of a number."""
+
+TRAINED_LOGIT = 12
+"""Bytes of each logit as SFT's backward pass begins: log-softmax and two gradients in fp32."""
+
+SAMPLED_LOGIT = 28
+"""Bytes of each logit as labels are drawn: logits, log-softmax and the last batch's in fp32, two copies in fp64."""
+
+PLAIN_LOGIT = 16
+"""Bytes of each logit in a pass that draws no labels: as in SFT, and the logits themselves."""
+
+KEPT_OUTPUTS = ("gate_proj", "up_proj")
+"""Layers whose output a frozen model's backward pass needs anyway; of other tracked layers it is kept besides."""
+
+Layers = dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The numbers of a model's shape that memory and time depend on.
+
+    Attributes:
+        head: elements of the product with the vocabulary.
+        vocabularies: matrices of that size: 1 where input and output share theirs, else 2.
+        body: elements of all other matrices that tokens are multiplied with.
+        attention: width of all heads together.
+        inner: width of the MLP.
+        tracked: (d_out, d_in) of the tracked layers.
+    """
+
+    parameters: int
+    head: int
+    vocabularies: int
+    body: int
+    layers: int
+    hidden: int
+    attention: int
+    inner: int
+    vocabulary: int
+    tracked: Layers
+
+    @classmethod
+    def of(cls, shapes: PretrainedConfig, patterns: list[str]) -> Sizes:
+        """Sizes of a transformers configuration.
+
+        Raises:
+            BadInput: a pattern of tracked layers matches none.
+        """
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(shapes)  # type: ignore[no-untyped-call]
+        parameters = sum(p.numel() for p in model.parameters())
+        head = shapes.hidden_size * shapes.vocab_size
+        tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+        matrices = 1 if tied else 2
+        heads = shapes.num_attention_heads
+        return cls(
+            parameters,
+            head,
+            matrices,
+            parameters - head * matrices,
+            shapes.num_hidden_layers,
+            shapes.hidden_size,
+            heads * (getattr(shapes, "head_dim", None) or shapes.hidden_size // heads),
+            getattr(shapes, "intermediate_size", None) or 4 * shapes.hidden_size,
+            shapes.vocab_size,
+            layer_shapes(shapes, patterns),
+        )
+
 
 @dataclass(frozen=True)
 class Plan:
     """Bytes and counts; see the module's docstring for what is in them.
 
     Attributes:
-        sft_available: of one SFT worker.
-        available: of one influence worker.
+        layer_blocks: the config's, or the fewest that fit, or one for each worker where none do.
+        sft: of one SFT worker.
+        sft_available: what one has.
+        reference: of the worker that computes the reference loss.
+        influence_pass: of one influence actor in its pass.
+        influence_solve: of one influence actor in its solve.
+        available: what one has.
+        workers: that influence has; layer blocks × shards of them are used.
         scratch: on disk, while an influence is computed.
         checkpoints: on disk, for good, all iterations together.
     """
@@ -41,59 +128,102 @@ class Plan:
     layer_blocks: int
     sft: int
     sft_available: int
-    influence: int
+    reference: int
+    influence_pass: int
+    influence_solve: int
     available: int
+    workers: int
     scratch: int
     checkpoints: int
 
+    @property
+    def influence(self) -> int:
+        """Of one influence actor at its fullest."""
+        return max(self.influence_pass, self.influence_solve)
+
+    @property
+    def shards(self) -> int:
+        """Parts that the data is cut in."""
+        return max(1, self.workers // self.layer_blocks)
+
+    @property
+    def sft_fits(self) -> bool:
+        return self.sft <= self.sft_available
+
+    @property
+    def influence_fits(self) -> bool:
+        """In memory, with a worker for each layer block."""
+        return self.influence <= self.available and self.layer_blocks <= self.workers
+
 
 def plan(config: Config, shapes: PretrainedConfig, cluster: Cluster, device_memory: int | None = None) -> Plan:
-    """Memory and disk of a run.
+    """Memory and disk of a run that fits.
 
     Args:
         shapes: the model's configuration.
         device_memory: bytes of one worker's device or share of the machine. Default: this machine's.
 
     Raises:
-        BadInput: SFT or a single layer's influence doesn't fit.
+        BadInput: SFT, influence's pass in any number of layer blocks, or a single layer's solve doesn't fit.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shapes)  # type: ignore[no-untyped-call]
-        parameters = sum(p.numel() for p in model.parameters())
-    layers = layer_shapes(shapes, config.influence.layers)
-    available = int(USABLE * (device_memory or worker_memory(cluster, cluster.influence_workers)))
-    for_sft = int(USABLE * (device_memory or worker_memory(cluster, cluster.sft_workers)))
-    width = 2 if config.sft.precision == "bf16" else 4
-    tokens = config.resources.batch_tokens
-    hidden, vocabulary = shapes.hidden_size, shapes.vocab_size
-    activations = (
-        tokens * hidden * shapes.num_hidden_layers * width * (4 if config.resources.gradient_checkpointing else 34)
-    )
-    logits = tokens * vocabulary * 4
-    sft = parameters * (width + 16) + activations + logits
-    if sft > for_sft:
+    found = estimate(config, shapes, cluster, device_memory)
+    if not found.sft_fits:
         raise BadInput(
             "model.source",
-            f"SFT of {parameters / 1e9:.2f} B parameters needs {sft / GIB:.1f} GiB in each worker, "
-            f"which has {for_sft / GIB:.1f} GiB",
+            f"SFT of {found.parameters / 1e9:.2f} B parameters needs {found.sft / GIB:.1f} GiB in each worker, "
+            f"which has {found.sft_available / GIB:.1f} GiB",
             "take a smaller model, lower resources.batch_tokens, or set resources.gradient_checkpointing",
         )
-    fixed = parameters * width + activations + logits
-    blocks = _blocks(config, layers, available - fixed)
-    per_block = math.ceil(len(layers) / blocks)
-    kept = _accumulators(dict(list(layers.items())[:per_block]))
-    gradients = sum(rows * columns for rows, columns in layers.values()) * 4
-    sets = 2 * len(config.domains) * config.influence.blocks
+    if found.influence_solve > found.available:
+        raise BadInput(
+            "influence.layers",
+            f"solving one layer needs {found.influence_solve / GIB:.1f} GiB, {found.available / GIB:.1f} GiB are there",
+            "lower influence.blocks, track smaller layers, or use a larger device",
+        )
+    if found.influence_pass > found.available and not config.resources.layer_blocks:
+        raise BadInput(
+            "influence.layers",
+            f"a pass in {found.layer_blocks} layer blocks needs {found.influence_pass / GIB:.1f} GiB in each worker, "
+            f"which has {found.available / GIB:.1f} GiB",
+            "lower resources.batch_tokens, or track fewer layers",
+        )
+    return found
+
+
+def estimate(
+    config: Config,
+    shapes: PretrainedConfig,
+    cluster: Cluster,
+    device_memory: int | None = None,
+    supervised: float = SUPERVISED,
+) -> Plan:
+    """Memory and disk of a run, whether it fits or not.
+
+    Args:
+        shapes, cluster, device_memory: as ``plan`` has them.
+        supervised: share of a batch's tokens.
+    """
+    sizes = Sizes.of(shapes, config.influence.layers)
+    available = int(USABLE * (device_memory or worker_memory(cluster, cluster.influence_workers)))
+    for_sft = int(USABLE * (device_memory or worker_memory(cluster, cluster.sft_workers)))
+    counts = range(1, len(sizes.tracked) + 1)
+    fitting = (n for n in counts if pass_memory(config, sizes, n, supervised) <= available)
+    blocks = config.resources.layer_blocks or next(fitting, cluster.influence_workers)
+    blocks = min(blocks, len(sizes.tracked))
+    tracked = sum(rows * columns for rows, columns in sizes.tracked.values())
     return Plan(
-        parameters,
-        sum(rows * columns for rows, columns in layers.values()),
+        sizes.parameters,
+        tracked,
         blocks,
-        sft,
+        sft_memory(config, sizes, supervised),
         for_sft,
-        fixed + kept,
+        reference_memory(config, sizes, supervised),
+        pass_memory(config, sizes, blocks, supervised),
+        solve_memory(config, sizes),
         available,
-        gradients * sets,
-        (config.equilibrium.iterations + 1) * parameters * width,
+        cluster.influence_workers,
+        tracked * 4 * 2 * units(config),
+        (config.equilibrium.iterations + 1) * sizes.parameters * WIDTH[config.sft.precision],
     )
 
 
@@ -109,30 +239,82 @@ def worker_memory(cluster: Cluster, workers: int) -> int:
     return psutil.virtual_memory().total // workers
 
 
-def _blocks(config: Config, layers: dict[str, tuple[int, int]], room: int) -> int:
-    """The fewest layer blocks whose factors and gradient fit in ``room`` bytes."""
-    if config.resources.layer_blocks:
-        return config.resources.layer_blocks
-    rows, columns = max(layers.values(), key=lambda shape: max(shape))
-    units = len(config.domains) * config.influence.blocks
-    solving = (units + 2) * rows * columns * 4 + 3 * 8 * (rows * rows + columns * columns)
-    if solving > room:
-        raise BadInput(
-            "influence.layers",
-            f"solving one {rows}×{columns} layer needs {solving / GIB:.1f} GiB, {max(room, 0) / GIB:.1f} GiB are left",
-            "lower influence.blocks, track smaller layers, or use a larger device",
-        )
-    names = list(layers)
-    for blocks in range(1, len(names) + 1):
-        size = math.ceil(len(names) / blocks)
-        parts = [names[i : i + size] for i in range(0, len(names), size)]
-        if max(_accumulators({name: layers[name] for name in part}) for part in parts) <= room:
-            return blocks
-    raise BadInput("influence.layers", "a single layer's factors don't fit in memory", "track smaller layers")
+def units(config: Config) -> int:
+    """Gradients of the domains, and as many of the reference sets."""
+    return len(config.domains) * config.influence.blocks
 
 
-def _accumulators(layers: dict[str, tuple[int, int]]) -> int:
-    """Bytes of the factors and one gradient of these layers, fp32."""
-    inputs = {input_group(name): columns for name, (_, columns) in layers.items()}
-    factors = sum(rows * rows for rows, _ in layers.values()) + sum(c * c for c in inputs.values())
-    return 4 * (factors + sum(rows * columns for rows, columns in layers.values()))
+def uses_factors(config: Config) -> bool:
+    """Whether the influence's solver inverts a K-FAC curvature."""
+    return config.influence.solver in ("kfac", "ekfac")
+
+
+def batch(config: Config) -> int:
+    """Tokens in one forward pass at most: an example that is longer than the budget goes alone."""
+    return max(config.resources.batch_tokens, config.model.max_tokens)
+
+
+def cut(layers: Layers, blocks: int) -> list[Layers]:
+    """The layers in so many blocks, as the influence stage cuts them."""
+    parts = np.array_split(np.array(list(layers)), min(blocks, len(layers)))
+    return [{str(name): layers[str(name)] for name in part} for part in parts]
+
+
+def depth(sizes: Sizes, layers: Layers) -> int:
+    """Decoder layers that a backward pass goes through: from the top down to the lowest of these."""
+    numbers = [int(found[1]) for name in layers if (found := re.search(r"\.(\d+)\.", name))]
+    return sizes.layers - min(numbers, default=0)
+
+
+def sft_memory(config: Config, sizes: Sizes, supervised: float) -> int:
+    """Bytes of one SFT worker from its second step on."""
+    width, tokens = WIDTH[config.sft.precision], batch(config)
+    layer = tokens * (2 * (4 + 2 * width) * sizes.hidden + width * 4 * (sizes.attention + sizes.inner))
+    shared = width * sizes.head if sizes.vocabularies == 1 else 0  # the head's gradient waits for the embedding's
+    logits = max(TRAINED_LOGIT * int(tokens * supervised) * sizes.vocabulary, shared)
+    if config.resources.gradient_checkpointing:  # of each layer its input, and one layer in full at a time
+        working = tokens * sizes.layers * sizes.hidden * width + max(logits, layer + shared)
+    else:
+        working = sizes.layers * layer + logits
+    return sizes.parameters * (width + 16) + max(working, 2 * shared + width * sizes.head)  # and their sum
+
+
+def reference_memory(config: Config, sizes: Sizes, supervised: float) -> int:
+    """Bytes of the worker that takes the reference sets' losses: no gradient, two copies of the logits in fp32."""
+    width = WIDTH[config.influence.precision]
+    return sizes.parameters * width + int(batch(config) * supervised) * 8 * sizes.vocabulary
+
+
+def pass_memory(config: Config, sizes: Sizes, blocks: int, supervised: float) -> int:
+    """Bytes of the influence actor that needs most in its pass, the tracked layers cut in so many blocks."""
+    width, tokens = WIDTH[config.influence.precision], batch(config)
+    sampled = uses_factors(config) and config.influence.fisher == "sampled"
+    layer = 2 * 4 * sizes.hidden + width * (4 * sizes.attention + 3 * sizes.inner)
+
+    def of_block(layers: Layers) -> int:
+        inputs = {input_group(name): columns for name, (_, columns) in layers.items()}
+        outputs = sum(rows for rows, _ in layers.values())
+        besides = sum(rows for name, (rows, _) in layers.items() if not name.endswith(KEPT_OUTPUTS))
+        recorded = width * (sum(inputs.values()) + besides + outputs * (2 if sampled else 1))
+        kept = sum(rows * columns for rows, columns in layers.values())
+        if uses_factors(config):
+            kept += sum(rows * rows for rows, _ in layers.values()) + sum(c * c for c in inputs.values())
+        return 4 * kept + tokens * (depth(sizes, layers) * layer + recorded)
+
+    logits = int(tokens * supervised) * sizes.vocabulary * (SAMPLED_LOGIT if sampled else PLAIN_LOGIT)
+    return sizes.parameters * width + logits + max(of_block(part) for part in cut(sizes.tracked, blocks))
+
+
+def solve_memory(config: Config, sizes: Sizes) -> int:
+    """Bytes of an influence actor at its most expensive layer."""
+
+    def of_layer(rows: int, columns: int) -> int:
+        products = 4 * (2 * units(config) + 3) * rows * columns
+        if not uses_factors(config):
+            return products
+        wider, other = max(rows, columns), min(rows, columns)
+        last = 4 * (rows * rows + columns * columns + rows * columns)  # the layer's before it, or its own, in fp32
+        decomposing = 36 * wider * wider + 8 * other * other  # LAPACK's workspace is two matrices in fp64
+        return last + max(decomposing, products + 8 * (rows * rows + columns * columns))
+
+    return max(of_layer(rows, columns) for rows, columns in sizes.tracked.values())

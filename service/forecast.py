@@ -1,0 +1,346 @@
+"""``ideal plan``: time and memory of each stage, for this machine or for one that isn't there.
+
+Memory is `service.plan`'s. Time is counted from the model's shapes: multiplications through a rate, AdamW's passes
+over its vectors through the memory's. On this machine the rates are measured, in seconds; of a machine that isn't here
+they are assumed, and printed. Not in it: attention's own products (2 % at 256 tokens), files, the start of workers.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from ideal import model as models
+from ideal.config import Config, Source
+from ideal.curvature.layers import input_group
+from ideal.errors import BadInput
+from ideal.sources import rows
+from service import cluster
+from service.influence import by_cost
+from service.plan import GIB, Layers, Plan, Sizes, batch, cut, depth, estimate, units, uses_factors
+
+TOKENS_PER_EXAMPLE = 256
+TRAIN_EXAMPLES, REFERENCE_EXAMPLES = 10_000, 500
+"""Assumed of a hub's split whose rows the config doesn't say."""
+
+UPDATE_BYTES = 60
+"""Memory traffic of one optimiser step by parameter: division, norm, clipping, AdamW and the copy back."""
+
+EIGEN = 10
+"""Multiplications of one eigen-decomposition, in d³."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast one worker is, by the second.
+
+    Attributes:
+        model: flops of the model's forward and backward, in its precision.
+        products: flops of fp32 products.
+        eigen: flops of fp64 eigen-decompositions, at 10 d³ each.
+        memory: bytes read or written.
+        link: bytes of gradients that workers add up.
+    """
+
+    model: float
+    products: float
+    eigen: float
+    memory: float
+    link: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model / 1e12:.3g} TFLOP/s in the model's passes, {self.products / 1e12:.3g} in fp32, "
+            f"{self.eigen / 1e12:.2g} in fp64 eigen-decompositions (10 d³), memory {self.memory / 1e9:.0f} GB/s"
+        )
+
+
+ABSENT_GPU = Rates(400e12, 40e12, 1e12, 2e12, 200e9)
+"""A data-centre GPU of 2023 at 40 % of its bf16 peak. Assumed, not measured."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Examples in the first mixture and in all reference sets, and tokens of each, prompts included."""
+
+    volumes: list[int]
+    reference: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of each stage, once."""
+
+    sft: float
+    reference: float
+    influence_pass: float
+    influence_solve: float
+
+
+def forecast(
+    config: Config,
+    console: Console,
+    *,
+    model: str | None = None,
+    gpus: int | None = None,
+    gpu_memory: str | None = None,
+    tflops: float | None = None,
+    tokens_per_example: int = TOKENS_PER_EXAMPLE,
+) -> None:
+    """Print what a run takes.
+
+    Args:
+        model: config.json, model folder or hub id. Default: the config's.
+        gpus: of the machine that is planned for. Default: this machine, or the config's GPUs if it has fewer.
+        gpu_memory: of each, e.g. 80GB or 75GiB.
+        tflops: of each, in the model's passes.
+
+    Raises:
+        BadInput: no shapes for the model, a size that is none, or local data that isn't there.
+    """
+    shapes = read_shapes(config, model)
+    sizes = Sizes.of(shapes, config.influence.layers)
+    here = None
+    if gpus is None and gpu_memory is None and tflops is None:
+        try:
+            here = cluster.local(config)
+        except BadInput as problem:
+            if problem.where != "resources.gpus":
+                raise
+    work, notes = read_work(config, tokens_per_example)
+    if here:
+        machine, memory = here, None
+        alone = calibrate(config, shapes, 1)
+        together = alone if machine.gpus or machine.sft_cpus == 1 else calibrate(config, shapes, machine.sft_cpus)
+        notes.insert(0, f"measured here, one influence worker: {alone}")
+        if together is not alone:
+            notes.insert(1, f"measured here, one SFT worker of {machine.sft_cpus} CPUs: {together}")
+    else:
+        count = gpus or config.resources.gpus or 1
+        wanted = config.resources.model_copy(update={"gpus": count})
+        machine, memory = cluster.share(count * 8, count, 1, wanted), read_bytes(gpu_memory or "80GB")
+        alone = together = replace(ABSENT_GPU, model=tflops * 1e12 if tflops else ABSENT_GPU.model)
+        notes.insert(0, f"assumed, not measured, of each GPU: {alone}, links {alone.link / 1e9:.0f} GB/s")
+    found = estimate(config, shapes, machine, memory)
+    taken = seconds(config, sizes, machine, found.layer_blocks, work, alone, together)
+    what = f"{machine.gpus} GPUs of {memory / 1e9:.0f} GB" if memory else machine.describe()
+    console.print(f"{Path(model or config.model.source).stem}: {sizes.parameters / 1e9:.2f} B parameters on {what}")
+    console.print(_table(found, machine, taken))
+    if found.sft_fits and found.influence_fits:
+        rounds = config.equilibrium.iterations
+        total = (rounds + 1) * (taken.sft + taken.reference) + rounds * (taken.influence_pass + taken.influence_solve)
+        console.print(f"D0 to D{rounds} without benchmarks: {_time(total)}")
+    console.print(
+        f"disk: {found.scratch / GIB:.1f} GiB while an influence is computed, {found.checkpoints / GIB:.1f} for good"
+    )
+    for line in [*notes, *_advice(config, shapes, machine, memory, found)]:
+        console.print(f"- {line}", soft_wrap=True)
+
+
+def read_shapes(config: Config, model: str | None) -> PretrainedConfig:
+    """The configuration of ``--model``, else of the config's model.
+
+    Raises:
+        BadInput: there is none.
+    """
+    if model is None:
+        found: PretrainedConfig | None = models.shapes(config.model)
+    else:
+        try:
+            found = AutoConfig.from_pretrained(model)
+        except Exception:  # no such file, not a model's, or a hub that doesn't answer
+            found = None
+    if found is None:
+        raise BadInput(
+            "--model" if model else "model.source",
+            f"no shapes of {model or config.model.source}: neither a config.json nor to be had from the hub",
+            "give --model; jobs/configs/shapes/ has some",
+        )
+    return found
+
+
+def read_bytes(text: str) -> int:
+    """Bytes of e.g. 80GB or 75GiB.
+
+    Raises:
+        BadInput: it is neither.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB)", text.strip())
+    if not found:
+        raise BadInput("--gpu-memory", f"{text!r} is no size", "e.g. 80GB or 75GiB")
+    return int(float(found[1]) * (1e9 if found[2] == "GB" else GIB))
+
+
+def read_work(config: Config, tokens_per_example: int) -> tuple[Work, list[str]]:
+    """Examples from volumes, sizes and split bounds; and what had to be assumed."""
+    assumed: list[str] = []
+
+    def examples(source: Source, where: str, otherwise: int) -> int:
+        if not source.hub:
+            return source.size if source.reasoning_gym and source.size else sum(1 for _ in rows(source, where))
+        bounds = re.search(r"\[(\d*):(\d+)\]$", source.split)
+        if source.size or bounds:
+            return source.size or int(bounds[2]) - int(bounds[1] or 0)  # type: ignore[index]
+        assumed.append(f"{where} {otherwise}")
+        return otherwise
+
+    volumes = [d.volume or examples(d.train, f"domains.{d.name}.train", TRAIN_EXAMPLES) for d in config.domains]
+    reference = sum(examples(d.reference, f"domains.{d.name}.reference", REFERENCE_EXAMPLES) for d in config.domains)
+    notes = [f"assumed: {tokens_per_example} tokens in an example (--tokens-per-example)"]
+    if assumed:
+        notes.append(f"assumed examples: {', '.join(assumed)}")
+    return Work(volumes, reference, tokens_per_example), notes
+
+
+def seconds(
+    config: Config, sizes: Sizes, machine: cluster.Cluster, blocks: int, work: Work, alone: Rates, together: Rates
+) -> Seconds:
+    """Time of each stage.
+
+    Args:
+        alone: rates of an influence actor.
+        together: rates of a training worker.
+    """
+    parts = cut(sizes.tracked, blocks)
+    shards = max(1, machine.influence_workers // len(parts))
+    examples = sum(work.volumes) * config.sft.epochs
+    again = 4 / 3 if config.resources.gradient_checkpointing else 1
+    multiplied = examples * work.tokens * 6 * (sizes.body * again + sizes.head)
+    steps = math.ceil(examples / config.sft.batch_examples)
+    update = sizes.parameters * UPDATE_BYTES / together.memory
+    exchange = 2 * 4 * sizes.parameters / together.link if machine.sft_workers > 1 else 0
+    reference = work.reference * work.tokens
+    sample = sum(min(config.influence.examples, volume) for volume in work.volumes) * work.tokens
+    return Seconds(
+        multiplied / (machine.sft_workers * together.model) + steps * (update + exchange),
+        reference * 2 * (sizes.body + sizes.head) / together.model,
+        max(_pass(config, sizes, part, sample / shards, reference / shards, alone) for part in parts),
+        max(_solve(config, part, shards, alone) for part in parts),
+    )
+
+
+def _pass(config: Config, sizes: Sizes, layers: Layers, sample: float, reference: float, rates: Rates) -> float:
+    """Seconds of one actor's pass over so many tokens of domains and of reference sets."""
+    forward = 2 * (sizes.body + sizes.head)
+    backward = 2 * (sizes.body * depth(sizes, layers) / sizes.layers + sizes.head)
+    inputs = {input_group(name): columns for name, (_, columns) in layers.items()}
+    squares = sum(r * r for r, _ in layers.values()) + sum(c * c for c in inputs.values())
+    gradients = sum(r * c for r, c in layers.values())
+    twice = 2 if uses_factors(config) and config.influence.fisher == "sampled" else 1
+    through = sample * (forward + twice * backward) + reference * (forward + backward)
+    products = 2 * (sample + reference) * gradients + (2 * sample * squares if uses_factors(config) else 0)
+    return through / rates.model + products / rates.products
+
+
+def _solve(config: Config, layers: Layers, shards: int, rates: Rates) -> float:
+    """Seconds of the slowest of a layer block's actors in its solve."""
+
+    def of_actor(names: list[str]) -> float:
+        shapes = [layers[name] for name in names]
+        products = sum(2 * units(config) ** 2 * r * c for r, c in shapes)
+        if not uses_factors(config):
+            return products / rates.products
+        inputs = {input_group(name): layers[name][1] for name in names}
+        cubes = sum(r**3 for r, _ in shapes) + sum(c**3 for c in inputs.values())
+        products += sum(2 * units(config) * 2 * r * c * (r + c) for r, c in shapes)
+        return EIGEN * cubes / rates.eigen + products / rates.products
+
+    return max(of_actor(names) for names in by_cost(list(layers), layers, shards))
+
+
+def calibrate(config: Config, shapes: PretrainedConfig, threads: int) -> Rates:
+    """Rates of a worker with so many threads on this machine, in about two seconds.
+
+    The model's is that of one of its layers, forward and backward, on as many tokens as take about a second.
+    """
+    where, before = models.device(), torch.get_num_threads()
+    one = copy.deepcopy(shapes)
+    one.update({"num_hidden_layers": 1, "vocab_size": 512, "pad_token_id": 0})
+    if getattr(one, "layer_types", None):
+        one.update({"layer_types": one.layer_types[:1]})
+    torch.set_num_threads(threads)
+    try:
+        layer = AutoModelForCausalLM.from_config(one, dtype=models.DTYPES[config.sft.precision]).to(where)  # type: ignore[no-untyped-call]
+        elements = sum(p.numel() for p in layer.parameters())
+        tokens = min(batch(config), 512, max(32, int((1e10 if where.type == "cpu" else 1e13) / elements / 6)))
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=where)
+        square = torch.randn(1024, 1024, device=where)
+        factor = (square[:768, :768] @ square[:768, :768].T).double()
+        vector = torch.zeros(2**24, device=where)
+        return Rates(
+            6 * elements * tokens / _timed(lambda: layer(input_ids=ids).logits.float().sum().backward()),
+            2 * 1024**3 / _timed(lambda: square @ square),
+            EIGEN * 768**3 / _timed(lambda: torch.linalg.eigh(factor)),
+            8 * 2**24 / _timed(lambda: vector.add_(1)),
+            math.inf if where.type == "cpu" else ABSENT_GPU.link,
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def _timed(call: Callable[[], object]) -> float:
+    """Seconds of a call: the better of two, after one that counts for nothing."""
+
+    def once() -> float:
+        started = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    once()
+    return min(once(), once())
+
+
+def _table(found: Plan, machine: cluster.Cluster, taken: Seconds) -> Table:
+    table = Table("stage", "workers", "GiB each", "of", "time", "verdict")
+    blocks, shards = found.layer_blocks, found.shards
+    actors = f"{blocks} layer block{'s' * (blocks > 1)} × {shards} shard{'s' * (shards > 1)}"
+    unplaced = "" if blocks <= found.workers else f"doesn't fit {found.workers} workers: one for each block"
+    unsharded = "" if found.sft_fits else "doesn't fit one worker: training isn't sharded yet"
+    for stage, workers, memory, room, time_, problem in (
+        ("SFT", str(machine.sft_workers), found.sft, found.sft_available, taken.sft, unsharded),
+        ("reference loss", "1", found.reference, found.sft_available, taken.reference, ""),
+        ("influence: pass", actors, found.influence_pass, found.available, taken.influence_pass, unplaced),
+        ("influence: solve", actors, found.influence_solve, found.available, taken.influence_solve, unplaced),
+    ):
+        verdict = problem or ("fits" if memory <= room else "doesn't fit")
+        cells = f"{memory / GIB:.1f}", f"{room / GIB:.1f}", _time(time_) if verdict == "fits" else "–"
+        table.add_row(stage, workers, *cells, verdict)
+    table.add_row("benchmarks", "1", "–", "–", "–", "not predicted; vLLM takes the memory it is given")
+    return table
+
+
+def _advice(
+    config: Config, shapes: PretrainedConfig, machine: cluster.Cluster, memory: int | None, found: Plan
+) -> list[str]:
+    """The largest forward pass with which a stage fits that doesn't."""
+    lines = []
+    wanting = {"SFT": not found.sft_fits, "influence": not found.influence_fits}
+    tokens = config.resources.batch_tokens // 2
+    while tokens >= config.model.max_tokens and any(wanting.values()):
+        less = config.model_copy(update={"resources": config.resources.model_copy(update={"batch_tokens": tokens})})
+        smaller = estimate(less, shapes, machine, memory)
+        for stage, fits in (("SFT", smaller.sft_fits), ("influence", smaller.influence_fits)):
+            if wanting[stage] and fits:
+                lines.append(f"{stage} fits with --set resources.batch_tokens={tokens}")
+                wanting[stage] = False
+        tokens //= 2
+    return lines
+
+
+def _time(seconds: float) -> str:
+    if seconds < 600:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
