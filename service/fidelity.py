@@ -79,7 +79,9 @@ class Fidelity(Study):
             again = {
                 (s, mode, domain, sign): submit(
                     self._training(
-                        s, moved(self.volumes, domain, sign * config.fidelity.change, mode), f"{mode} {domain}"
+                        s,
+                        moved(self.volumes, domain, sign * config.fidelity.change, mode),
+                        f"{domain} {sign * config.fidelity.change:+.0%}, fixed {mode}",
                     )
                 )
                 for s in seeds

@@ -111,13 +111,14 @@ def accumulate(
             for members, batch in batches(block.items, batch_tokens):
                 moved = batch.to(device)
                 logits = supervised_logits(model, moved)
+                outputs = dict(recorder.outputs)  # gradient checkpointing records others while it recomputes
                 loss = summed_loss(logits, moved)
                 curved = factors and block.weight > 0
                 if curved and fisher == "sampled":
                     drawn_loss = sampled_loss(logits, moved, block, members, seed)
-                    curvature = output_gradients_of(recorder, layers, drawn_loss, keep=True)
+                    curvature = output_gradients_of(outputs, layers, drawn_loss, keep=True)
                     _add_factors(sums, recorder, curvature, moved.mask, block.weight)
-                output_gradients = output_gradients_of(recorder, layers, loss, keep=False)
+                output_gradients = output_gradients_of(outputs, layers, loss, keep=False)
                 if curved and fisher == "empirical":
                     _add_factors(sums, recorder, output_gradients, moved.mask, block.weight)
                 for layer in layers:
@@ -155,10 +156,10 @@ def sample_labels(logits: torch.Tensor, batch: Batch, keys: Sequence[int], set_n
 
 
 def output_gradients_of(
-    recorder: Recorder, layers: list[str], loss: torch.Tensor, keep: bool
+    outputs: dict[str, torch.Tensor], layers: list[str], loss: torch.Tensor, keep: bool
 ) -> dict[str, torch.Tensor]:
     """[n, L, d_out] by layer."""
-    gradients = torch.autograd.grad(loss, [recorder.outputs[layer] for layer in layers], retain_graph=keep)
+    gradients = torch.autograd.grad(loss, [outputs[layer] for layer in layers], retain_graph=keep)
     return dict(zip(layers, gradients, strict=True))
 
 

@@ -59,7 +59,7 @@ def squared_gradients(
                 logits = supervised_logits(model, moved)
                 sampled = fisher == "sampled"
                 loss = sampled_loss(logits, moved, block, members, seed) if sampled else summed_loss(logits, moved)
-                gradients = output_gradients_of(recorder, layers, loss, keep=False)
+                gradients = output_gradients_of(dict(recorder.outputs), layers, loss, keep=False)
                 keep = moved.mask[..., None]
                 rotated: dict[str, torch.Tensor] = {}
                 for layer, (q_s, q_a) in bases.items():

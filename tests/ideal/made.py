@@ -47,7 +47,6 @@ def llama(seed: int = 0, vocabulary: int = VOCABULARY, hidden: int = 8) -> Llama
         max_position_embeddings=64,
         tie_word_embeddings=True,
         initializer_range=0.5,
-        pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
     )
