@@ -1,7 +1,7 @@
 """From a model and a sample of blocks to the influence table, by any solver, in one process.
 
-Every solver but `exact` works layer by layer and is a *metric*: it maps a gradient so that plain inner products
-become ⟨G, M G'⟩ with the solver's M.
+A solver is a matrix M; the influence of domain j on reference set r is ⟨g_r, M ḡ_j⟩. M is applied to the sum gradient
+of each *set*, and never to the many blocks: their products follow from that (``block_products``).
 
 | solver | M | passes |
 | --- | --- | --- |
@@ -19,7 +19,7 @@ schedule`` `exact` takes Λ as it is; `kfac` and `ekfac`, which need one number,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -39,17 +39,17 @@ from ideal.model import wide
 FACTORED = ("kfac", "ekfac")
 
 
-class Metric(Protocol):
-    """One layer's M as half of it: ⟨whiten(G), whiten(G')⟩ = ⟨G, M G'⟩."""
+class LayerSolver(Protocol):
+    """M of one layer; all solvers but `exact`, which couples them."""
 
-    def whiten(self, gradient: torch.Tensor) -> torch.Tensor:
-        """[..., d_out, d_in] to the same shape."""
+    def solve(self, gradient: torch.Tensor) -> torch.Tensor:
+        """[..., d_out, d_in] M G."""
 
 
 class Plain:
     """M = 1."""
 
-    def whiten(self, gradient: torch.Tensor) -> torch.Tensor:
+    def solve(self, gradient: torch.Tensor) -> torch.Tensor:
         return gradient
 
 
@@ -59,29 +59,8 @@ class Diagonal:
 
     damping: torch.Tensor
 
-    def whiten(self, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient / self.damping.sqrt()
-
-
-def layer_products(
-    metric: Metric,
-    domain_blocks: int,
-    reference_blocks: int,
-    gradient: Callable[[str, int], torch.Tensor],
-) -> Array:
-    """[domain blocks, reference blocks] products of one layer.
-
-    Args:
-        gradient: (`domain` or `reference`, number of the block) → [d_out, d_in] gradient sum.
-    """
-    references = torch.stack([metric.whiten(gradient("reference", c)).flatten() for c in range(reference_blocks)])
-    rows = [references @ metric.whiten(gradient("domain", b)).flatten() for b in range(domain_blocks)]
-    return np.asarray(torch.stack(rows).double().cpu().numpy())
-
-
-def schedule_damping(root: torch.Tensor, rates: float) -> torch.Tensor:
-    """Λ of a layer: AdamW's √v̂ + ε, over the sum of its learning rates."""
-    return root / rates
+    def solve(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient / self.damping
 
 
 def layer_damping(damping: torch.Tensor) -> float:
@@ -131,7 +110,6 @@ def influence_tables(
         device=where,
         done=lambda _, gradient: found.append(gradient),
     )
-    split = sample.domains * settings.blocks
     own = {layer: wide(sample.damping[f"{layer}.weight"].to(where)) for layer in layers} if sample.damping else {}
     factored = any(solver in FACTORED for solver in solvers)
     bases = {layer: layer_bases(sums, layer) for layer in layers} if factored else {}
@@ -139,19 +117,20 @@ def influence_tables(
     tables = {}
     gradients = [block.gradients for block in found]
     sizes = [(block.tokens, block.loss) for block in found]
+    tokens = np.array([size for size, _ in sizes], float).reshape(-1, settings.blocks)
     for solver in solvers:
+        sums_by_set = {layer: set_sums([g[layer] for g in gradients], settings.blocks) for layer in layers}
         if solver == "exact":
-            rows = _exactly(model, layers, sums, gradients, sizes, sample, own)
+            solved = _exactly(model, layers, sums, sums_by_set, sample, own)
         else:
-            rows = [
-                layer_products(
-                    _metric(solver, layer, bases, refined, sums, settings, own),
-                    split,
-                    len(found) - split,
-                    lambda side, b, layer=layer: gradients[b + (split if side == "reference" else 0)][layer],  # type: ignore[misc]
-                )
+            solved = {
+                layer: _layer_solver(solver, layer, bases, refined, sums, settings, own).solve(sums_by_set[layer])
                 for layer in layers
-            ]
+            }
+        rows = [
+            block_products(with_sets(solved[layer], (g[layer] for g in gradients)), tokens, sample.domains)
+            for layer in layers
+        ]
         tables[solver] = table_of(rows, sizes, sample.domains, settings.blocks)
     return tables
 
@@ -215,7 +194,7 @@ def curvature_blocks(blocks: Sequence[Block], domains: int, settings: InfluenceC
     return taken
 
 
-def _metric(
+def _layer_solver(
     solver: str,
     layer: str,
     bases: Mapping[str, tuple[Eigenbasis, Eigenbasis]],
@@ -223,7 +202,7 @@ def _metric(
     sums: FactorSums,
     settings: InfluenceConfig,
     own: Mapping[str, torch.Tensor],
-) -> Metric:
+) -> LayerSolver:
     if solver == "adam":
         return Diagonal(own[layer])
     if solver not in FACTORED:
@@ -281,56 +260,57 @@ def _exactly(
     model: nn.Module,
     layers: list[str],
     sums: FactorSums,
-    gradients: Sequence[Vectors],
-    sizes: Sequence[tuple[int, float]],
+    gradients: Vectors,
     sample: Sampled,
     own: Mapping[str, torch.Tensor],
-) -> list[Array]:
-    settings = sample.settings
-    system = GaussNewton(
-        model,
-        layers,
-        curvature_blocks(sample.blocks, sample.domains, settings),
-        sample.batch_tokens,
-        sample.device,
-    )
-    sets = len(gradients) // settings.blocks
-    totals = {layer: set_sums([g[layer] for g in gradients], settings.blocks) for layer in layers}
-    solution = conjugate_gradients(
-        system.product,
-        totals,
-        exact_damping(sums, layers, settings, own),
-        tolerance=settings.residual,
-        limit=settings.products,
-    )
-    tokens = np.array([size for size, _ in sizes], float).reshape(sets, -1)
-    return [
-        exact_products(solution.vectors[layer], torch.stack([g[layer] for g in gradients]), tokens, sample.domains)
-        for layer in layers
-    ]
+) -> Vectors:
+    chosen = curvature_blocks(sample.blocks, sample.domains, sample.settings)
+    return conjugate_gradients(
+        GaussNewton(model, layers, chosen, sample.batch_tokens, sample.device).product,
+        gradients,
+        exact_damping(sums, layers, sample.settings, own),
+        tolerance=sample.settings.residual,
+        limit=sample.settings.products,
+    ).vectors
 
 
-def set_sums(gradients: Sequence[torch.Tensor] | torch.Tensor, blocks: int) -> torch.Tensor:
-    """[sets, d_out, d_in] sums over each set's blocks, of [sets · B, d_out, d_in]."""
-    return torch.stack([sum(gradients[i + 1 : i + blocks], gradients[i]) for i in range(0, len(gradients), blocks)])
+def set_sums(gradients: Iterable[torch.Tensor], blocks: int) -> torch.Tensor:
+    """[sets, d_out, d_in] sums over each set's blocks; the gradients are looked at one after another."""
+    found: list[torch.Tensor] = []
+    for number, gradient in enumerate(gradients):
+        if number % blocks:
+            found[-1] += gradient
+        else:
+            found.append(gradient.clone())
+    return torch.stack(found)
 
 
-def exact_products(solved: torch.Tensor, gradients: torch.Tensor, tokens: Array, domains: int) -> Array:
-    """[domain blocks, reference blocks] products of one layer from one solution for each *set*.
-
-    The influence is bilinear in the two gradients, so with s = its block's share of a set's tokens, to first order
-
-        P_jb,rc = s_rc ⟨x_r, g_jb⟩ + s_jb ⟨x_j, g_rc⟩ − s_jb s_rc ½(⟨x_r, g_j⟩ + ⟨x_j, g_r⟩),      x = (H + Λ)⁻¹ g,
-
-    whose sum over blocks is ⟨g_r, (H + Λ)⁻¹ g_j⟩, and whose bootstrap has both sides' spread: sets + sets systems in
-    place of blocks.
+def with_sets(solved: torch.Tensor, gradients: Iterable[torch.Tensor]) -> Array:
+    """[blocks, sets] ⟨x_s, g_b⟩ of every block with every set's solution.
 
     Args:
-        solved: [sets, d_out, d_in] x of every set, domains first.
-        gradients: [sets · B, d_out, d_in] sums of every block.
+        solved: [sets, d_out, d_in] x = M g.
+        gradients: [d_out, d_in] sums of every block, looked at one after another.
+    """
+    rows = [solved.flatten(1) @ gradient.flatten() for gradient in gradients]
+    return np.asarray(torch.stack(rows).double().cpu().numpy())
+
+
+def block_products(products: Array, tokens: Array, domains: int) -> Array:
+    """[domain blocks, reference blocks] products of one layer from one solution for each *set*.
+
+    The influence is bilinear in the two gradients, so with s = a block's share of its set's tokens and x = M g,
+
+        P_jb,rc = s_rc ⟨x_r, g_jb⟩ + s_jb ⟨x_j, g_rc⟩ − s_jb s_rc ½(⟨x_r, g_j⟩ + ⟨x_j, g_r⟩)
+
+    is ⟨g_rc, M g_jb⟩ but for how two blocks' deviations from their sets' means meet, a term of second order that no sum
+    over all blocks of either side sees. So it gives the influence and any part of one side exactly, and the bootstrap
+    of both to first order, for 2·sets products with M in place of 2·sets·B.
+
+    Args:
+        products: [blocks, sets] as ``with_sets`` gives them, domains first.
         tokens: [sets, B] supervised tokens.
     """
-    products = (gradients.flatten(1) @ solved.flatten(1).T).double().cpu().numpy()  # [blocks, sets]
     split, shares = domains * tokens.shape[1], (tokens / tokens.sum(1, keepdims=True)).ravel()
     of_domain = products[:split, domains:]
     of_reference = products[split:, :domains]

@@ -21,10 +21,11 @@ from ideal.influence import InfluenceTable
 from service import data
 from service.benchmark import Benchmarks
 from service.cluster import Cluster
-from service.influence import TABLE, Sample, influence
+from service.influence import TABLE, influence
 from service.plan import layer_blocks
 from service.progress import Display
 from service.reference import reference_losses
+from service.sample import Sample
 from service.sft import sft
 from service.stages import Record, Stage, Store
 from service.study import Study

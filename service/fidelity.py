@@ -32,8 +32,9 @@ from ideal.solvers import Sampled, influence_tables
 from ideal.training import DAMPING, Trainer, mean_loss, train
 from service.cluster import Reservation
 from service.data import MODEL, reference_file, train_file
-from service.influence import TABLE, Sample
+from service.influence import TABLE
 from service.progress import Reporter
+from service.sample import Sample
 from service.stages import Record, Stage
 from service.study import Study
 

@@ -7,8 +7,6 @@ For a layer with input a [d_in] and gradient g [d_out] of its output, over the p
 with S = Q_S Λ_S Q_Sᵀ and A = Q_A Λ_A Q_Aᵀ, eigenvectors in columns, as ``eigh`` gives them. For G [d_out, d_in],
 
     (F + λ)⁻¹ G = Q_S [ (Q_Sᵀ G Q_A) / (λ_S λ_Aᵀ + λ) ] Q_Aᵀ,      λ = c · mean eigenvalue = c · mean(λ_S) · mean(λ_A).
-
-Only inner products ⟨G_r, (F + λ)⁻¹ G_j⟩ are needed, so both sides are rotated into the eigenbasis and neither back.
 """
 
 from __future__ import annotations
@@ -46,10 +44,6 @@ class Eigen:
     def solve(self, gradient: torch.Tensor) -> torch.Tensor:
         """[..., d_out, d_in] (F + λ)⁻¹ G."""
         return self.q_s @ (self.rotate(gradient) / self.curvature) @ self.q_a.T
-
-    def whiten(self, gradient: torch.Tensor) -> torch.Tensor:
-        """[..., d_out, d_in] half of ``solve``: ⟨whiten(G), whiten(G')⟩ = ⟨G, (F + λ)⁻¹ G'⟩."""
-        return self.rotate(gradient) / self.curvature.sqrt()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ideal.domains import prepare, starting_volumes
 from ideal.influence import layer_products
 from ideal.model import DTYPES, load_model, load_tokenizer, materialise, summed_loss, supervised_logits
 from service.data import reference_file, train_file
-from service.influence import Sample
+from service.sample import Sample
 
 
 def main(path: str, *overrides: str) -> None:

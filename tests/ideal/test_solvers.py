@@ -21,11 +21,13 @@ from ideal.influence import InfluenceTable, split
 from ideal.model import supervised_logits
 from ideal.solvers import (
     Sampled,
+    block_products,
     curvature_blocks,
-    exact_products,
     influence_tables,
     layer_bases,
     layer_damping,
+    set_sums,
+    with_sets,
 )
 from tests.ideal.made import MLP, eigens, example_set, full_loss, influence, llama, run
 
@@ -177,7 +179,8 @@ def test_blocks_of_a_solved_set_add_up_to_it() -> None:
     m = torch.randn(35, 35, generator=random, dtype=torch.float64)
     m = m @ m.T
     sums = gradients.view(3, 4, 35).sum(1)
-    products = exact_products((sums @ m).view(3, 5, 7), gradients, tokens, 1)
+    products = block_products(with_sets((sums @ m).view(3, 5, 7), gradients), tokens, 1)
+    torch.testing.assert_close(set_sums(gradients, 4), sums.view(3, 5, 7))
     assert products.shape == (4, 8)
     right = (sums[:1] @ m @ sums[1:].T).numpy()
     np.testing.assert_allclose(products.reshape(4, 2, 4).sum((0, 2)), right[0])

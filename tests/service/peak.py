@@ -24,7 +24,8 @@ from ideal.curvature.layers import layer_shapes
 from ideal.examples import ExampleSet
 from ideal.training import Step, Trainer, plan
 from service.data import MODEL, train_file
-from service.influence import InfluenceActor, Sample
+from service.influence_actor import InfluenceActor
+from service.sample import Sample
 
 STAGES = ("sft", "pass", "solve")
 

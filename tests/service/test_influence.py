@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ideal.config import Config
+from ideal.config import Config, InfluenceConfig
 from ideal.curvature.accumulate import accumulate
 from ideal.curvature.layers import input_group
 from ideal.errors import BadInput
 from ideal.influence import InfluenceTable
 from ideal.model import load_model
+from ideal.solvers import Sampled, influence_tables
+from ideal.training import DAMPING
 from service.cluster import Cluster
 from service.data import MODEL
-from service.influence import TABLE, Sample, by_cost, influence
+from service.influence import TABLE, by_cost, influence
+from service.sample import Sample
 from service.stages import RECORD, Stage, Store
 
 VOLUMES = {"math": 12, "chat": 6}
@@ -114,6 +119,48 @@ def test_the_matrix_is_the_formulas(whole: Any, settings: Config, base: Path, da
         expected += (torch.linalg.solve(dense, domain).T @ reference).numpy()
     found = InfluenceTable.load(whole.folder / TABLE).matrix()
     np.testing.assert_allclose(found, expected, atol=TOLERANCE * np.abs(expected).max())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    """An SFT stage's folder: the model, and an optimiser's damping over two orders of magnitude."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    shutil.copytree(base / MODEL, folder / MODEL)
+    random = torch.Generator().manual_seed(0)
+    matrices = [(name, p) for name, p in load_model(base / MODEL, torch.float32).named_parameters() if p.ndim == 2]
+    save_file({name: 10 ** (2 * torch.rand(p.shape, generator=random)) for name, p in matrices}, folder / DAMPING)
+    return folder
+
+
+@pytest.mark.parametrize("solver", ["identity", "adam", "ekfac", "exact"])
+@pytest.mark.usefixtures("ray_session")
+def test_every_solver_says_on_workers_what_it_says_in_one_process(
+    tmp_path: Path, settings: Config, checkpoint: Path, data: Path, solver: str
+) -> None:
+    asked = {"solver": solver, "damping": "schedule" if solver == "exact" else 0.1, "curvature_examples": 4}
+    tight = {"products": 30, "residual": 1e-4}
+    config = settings.model_copy(
+        update={"influence": InfluenceConfig.model_validate(settings.influence.model_dump() | asked | tight)}
+    )
+    result = on_ray(tmp_path, config, checkpoint, data, 2, 1)
+    sampled = Sampled(
+        sample(config, data).blocks(),
+        len(VOLUMES),
+        config.influence,
+        load_file(checkpoint / DAMPING),
+        config.seed,
+        64,
+        torch.device("cpu"),
+    )
+    model = load_model(checkpoint / MODEL, torch.float32)
+    right = influence_tables(model, result["layers"], sampled, [solver])[solver]
+    found = InfluenceTable.load(tmp_path / TABLE)
+    scale = np.abs(right.products).max()
+    np.testing.assert_allclose(found.products, right.products, atol=TOLERANCE * scale)
+    np.testing.assert_array_equal(found.domain_tokens, right.domain_tokens)
+    np.testing.assert_allclose(found.reference_loss, right.reference_loss, rtol=1e-5)
+    assert (0 < result["residual"] <= 1e-4) == (solver == "exact")
+    assert not result["repaired"]
 
 
 def mean_gradients(model: nn.Module, names: list[str], blocks: list[Any], wanted: str) -> dict[str, torch.Tensor]:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from ideal.curvature.kfac import Eigen, curvature, eigenbasis
-from ideal.solvers import Plain, layer_products
 
 D_OUT, D_IN, SCALE = 5, 7, 2.5
 BOUND = 1e-9
@@ -71,23 +70,6 @@ def test_damping_is_relative_to_the_layers_mean_eigenvalue() -> None:
     values = torch.linalg.eigvalsh(F)
     assert solved(0.1).condition == pytest.approx(float(values[-1] / values[0]))
     torch.testing.assert_close(solved(0.1).curvature.flatten().sort().values, values + 0.1 * values.mean())
-
-
-def test_products_are_those_of_solve() -> None:
-    """Only one side is rotated back in the definition, neither in the code."""
-    random = torch.Generator().manual_seed(4)
-    gradients = {
-        (side, b): torch.randn(D_OUT, D_IN, generator=random, dtype=torch.float64)
-        for side in ("domain", "reference")
-        for b in range(3)
-    }
-    found = layer_products(solved(0.05), 2, 3, lambda side, b: gradients[side, b])
-    plain = layer_products(Plain(), 2, 3, lambda side, b: gradients[side, b])
-    for j in range(2):
-        for r in range(3):
-            domain, reference = gradients["domain", j], gradients["reference", r]
-            assert found[j, r] == pytest.approx(float((reference * dense(0.05, domain)).sum()))
-            assert plain[j, r] == pytest.approx(float((reference * domain).sum()))
 
 
 def test_exact_for_one_position_of_a_linear_model() -> None:

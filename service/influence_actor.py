@@ -1,0 +1,286 @@
+"""The worker of the influence stage: one layer block on one data shard, through files in the stage's scratch folder.
+
+| file | what it holds |
+| --- | --- |
+| `block-i` | a data block's gradient by layer |
+| `factors-s` | a shard's part of A and S |
+| `basis-layer` | its eigenvectors and eigenvalues, for the second pass (`ekfac`) |
+| `squares-s` | a shard's part of the refined eigenvalues |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ideal.config import Config
+from ideal.curvature.accumulate import Block, BlockGradient, FactorSums, accumulate
+from ideal.curvature.ekfac import squared_gradients
+from ideal.curvature.exact import GaussNewton, Vectors, conjugate_gradients
+from ideal.curvature.kfac import Eigen, Eigenbasis, eigenbasis
+from ideal.curvature.layers import input_group
+from ideal.influence import Array
+from ideal.model import DTYPES, device, load_model
+from ideal.solvers import (
+    FACTORED,
+    Diagonal,
+    LayerSolver,
+    Plain,
+    block_products,
+    curvature_blocks,
+    exact_damping,
+    layer_curvature,
+    needs_factors,
+    set_sums,
+    with_sets,
+)
+from ideal.training import DAMPING
+from service.progress import Reporter
+from service.sample import Sample
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A layer's products, and how well its system was behaved.
+
+    Attributes:
+        products: [domain blocks, reference blocks].
+        condition: of its curvature, before damping; 1 for solvers without.
+        ridge: what a factor needed on its diagonal to be decomposed, as a multiple of its mean eigenvalue.
+        residual: of `exact`, relative, the largest of all sets; 0 for the others.
+    """
+
+    products: Array
+    condition: float = 1.0
+    ridge: float = 0.0
+    residual: float = 0.0
+
+
+@ray.remote
+class InfluenceActor:
+    """One layer block on one data shard at a time; its methods can be repeated."""
+
+    def __init__(self, model: Path, sample: Sample, layers: list[str], scratch: Path, config: Config) -> None:
+        self.model, self.sample, self.layers, self.scratch, self.config = model, sample, layers, scratch, config
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        self.system: GaussNewton | None = None
+        self.device = device()
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)
+
+    def accumulate(self, shard: int, members: list[int], progress: Reporter | None) -> dict[int, tuple[int, float]]:
+        """Pass over the shard's blocks; factors and gradients go to files.
+
+        Returns:
+            (supervised tokens, summed loss) by block.
+        """
+        settings = self.config.influence
+        model = load_model(self.model, DTYPES[settings.precision], self.device)
+        everything = self.sample.blocks()
+        blocks = [everything[index] for index in members]
+        sizes: dict[int, tuple[int, float]] = {}
+
+        def keep(block: Block, found: BlockGradient) -> None:
+            index = members[len(sizes)]
+            save_file({k: v.cpu() for k, v in found.gradients.items()}, self._file(f"block-{index}"))
+            sizes[index] = (found.tokens, found.loss)
+            if progress:
+                progress(f"pass: {block.set}", len(sizes), len(members))
+
+        sums = accumulate(
+            model,
+            self.layers,
+            blocks,
+            fisher=settings.fisher,
+            factors=needs_factors(settings.solver, settings),
+            seed=self.config.seed,
+            batch_tokens=self.config.resources.batch_tokens,
+            device=self.device,
+            done=keep,
+        )
+        factors = {f"A/{name}": value.cpu() for name, value in sums.a.items()}
+        factors |= {f"S/{name}": value.cpu() for name, value in sums.s.items()}
+        save_file(
+            {**factors, "positions": torch.tensor(sums.positions, dtype=torch.float64)},
+            self._file(f"factors-{shard}"),
+        )
+        return sizes
+
+    def decompose(self, layers: list[str], shards: int) -> None:
+        """Write the eigenbases of some of the block's layers, for the second pass."""
+        found: dict[str, Eigenbasis] = {}
+        for layer in layers:
+            a, s = self._bases(layer, shards, found)
+            tensors = {"A": a.vectors, "S": s.vectors, "a": a.values, "s": s.values}
+            ridges = {"ridges": torch.tensor([a.ridge, s.ridge], dtype=torch.float64)}
+            save_file({k: v.cpu().contiguous() for k, v in (tensors | ridges).items()}, self._file(f"basis-{layer}"))
+
+    def refine(self, shard: int, members: list[int]) -> None:
+        """Pass over the shard's blocks again, in the eigenbases of all of the block's layers (`ekfac`)."""
+        everything = self.sample.blocks()
+        bases = {layer: self._recorded(layer) for layer in self.layers}
+        squares = squared_gradients(
+            load_model(self.model, DTYPES[self.config.influence.precision], self.device),
+            {layer: (s.vectors.float(), a.vectors.float()) for layer, (a, s) in bases.items()},
+            [everything[index] for index in members],
+            fisher=self.config.influence.fisher,
+            seed=self.config.seed,
+            batch_tokens=self.config.resources.batch_tokens,
+            device=self.device,
+        )
+        save_file({layer: value.cpu() for layer, value in squares.items()}, self._file(f"squares-{shard}"))
+
+    def solve(self, layers: list[str], shards: int, progress: Reporter | None) -> dict[str, Solved]:
+        """Invert the curvature of some of the block's layers and take all products."""
+        bases: dict[str, Eigenbasis] = {}
+        solved = {}
+        for number, layer in enumerate(layers):
+            if progress:
+                progress(f"solve: {layer}", number, len(layers))
+            solver = self._layer_solver(layer, shards, bases)
+            products = self._products(layer, solver.solve(self._set_sums(layer)))
+            if isinstance(solver, Eigen):
+                solved[layer] = Solved(products, solver.condition, solver.ridge)
+            else:
+                solved[layer] = Solved(products)
+        return solved
+
+    def exact(
+        self, shards: int, curved: list[list[int]], others: list[Any], progress: Reporter | None
+    ) -> dict[str, Solved]:
+        """Solve the system of all layers together and take all products.
+
+        Args:
+            curved: curvature blocks of each shard; this actor's first.
+            others: the other shards' actors.
+        """
+        settings = self.config.influence
+        done = 0
+
+        def product(vectors: Vectors) -> Vectors:
+            nonlocal done
+            if progress:
+                progress("conjugate gradients", done, settings.products)
+            done += 1
+            sent = ray.put({layer: v.cpu() for layer, v in vectors.items()})
+            theirs = [actor.product.remote(sent, part) for actor, part in zip(others, curved[1:], strict=True)]
+            total = self.product(vectors, curved[0])
+            for part in ray.get(theirs):
+                total = {layer: v + part[layer].to(v.device) for layer, v in total.items()}
+            return total
+
+        solution = conjugate_gradients(
+            product,
+            {layer: self._set_sums(layer) for layer in self.layers},
+            exact_damping(self._sums(shards), self.layers, settings, self._own()),
+            tolerance=settings.residual,
+            limit=settings.products,
+        )
+        return {
+            layer: Solved(self._products(layer, solution.vectors[layer]), residual=max(solution.residuals))
+            for layer in self.layers
+        }
+
+    def product(self, vectors: Vectors, members: list[int]) -> Vectors:
+        """The curvature's product with some vectors, over some of the curvature blocks."""
+        if not members:
+            return {layer: torch.zeros_like(v) for layer, v in vectors.items()}
+        if self.system is None:
+            chosen = curvature_blocks(self.sample.blocks(), len(self.sample.volumes), self.config.influence)
+            model = load_model(self.model, DTYPES[self.config.influence.precision], self.device)
+            blocks = [chosen[index] for index in members]
+            self.system = GaussNewton(model, self.layers, blocks, self.config.resources.batch_tokens, self.device)
+        return self.system.product({layer: v.to(self.device) for layer, v in vectors.items()})
+
+    def _layer_solver(self, layer: str, shards: int, bases: dict[str, Eigenbasis]) -> LayerSolver:
+        settings = self.config.influence
+        if settings.solver == "adam":
+            return Diagonal(self._own()[layer])
+        if settings.solver not in FACTORED:
+            return Plain()
+        refine = settings.solver == "ekfac"
+        a, s = self._recorded(layer) if refine else self._bases(layer, shards, bases)
+        return layer_curvature(
+            layer,
+            a,
+            s,
+            float(self._total("factors", "positions", shards)),
+            settings,
+            self._own()[layer] if settings.damping == "schedule" else None,
+            self._total("squares", layer, shards) if refine else None,
+            torch.float32,
+        )
+
+    def _bases(self, layer: str, shards: int, bases: dict[str, Eigenbasis]) -> tuple[Eigenbasis, Eigenbasis]:
+        """(of A, of S); layers that share an input share the decomposition of their A."""
+        positions = self._total("factors", "positions", shards)
+        group = input_group(layer)
+        try:
+            if group not in bases:
+                bases.clear()
+                bases[group] = eigenbasis(self._total("factors", f"A/{group}", shards) / positions)
+            return bases[group], eigenbasis(self._total("factors", f"S/{layer}", shards) / positions)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"influence: layer {layer} {error}") from None
+
+    def _recorded(self, layer: str) -> tuple[Eigenbasis, Eigenbasis]:
+        ridges = self._read(f"basis-{layer}", "ridges").tolist()
+        a, s = (
+            Eigenbasis(self._read(f"basis-{layer}", name.lower()), self._read(f"basis-{layer}", name), ridge)
+            for name, ridge in zip("AS", ridges, strict=True)
+        )
+        return a, s
+
+    def _own(self) -> dict[str, torch.Tensor]:
+        """Λ of the block's layers as the SFT left it."""
+        path = self.model.parent / DAMPING
+        return {layer: read_tensor(path, f"{layer}.weight", self.device).float() for layer in self.layers}
+
+    def _sums(self, shards: int) -> FactorSums:
+        """The whole sample's factors; empty where none were asked for."""
+        sums = FactorSums()
+        if needs_factors("exact", self.config.influence):
+            sums.positions = float(self._total("factors", "positions", shards))
+            for layer in self.layers:
+                sums.a[input_group(layer)] = self._total("factors", f"A/{input_group(layer)}", shards)
+                sums.s[layer] = self._total("factors", f"S/{layer}", shards)
+        return sums
+
+    def _gradients(self, layer: str) -> Iterator[torch.Tensor]:
+        """[d_out, d_in] every block's gradient of a layer, one after another."""
+        blocks = 2 * len(self.sample.volumes) * self.config.influence.blocks
+        return (self._read(f"block-{index}", layer) for index in range(blocks))
+
+    def _set_sums(self, layer: str) -> torch.Tensor:
+        return set_sums(self._gradients(layer), self.config.influence.blocks)
+
+    def _products(self, layer: str, solved: torch.Tensor) -> Array:
+        """[domain blocks, reference blocks]"""
+        tokens = np.array([float(block.supervised()) for block in self.sample.blocks()])
+        found = with_sets(solved, self._gradients(layer))
+        return block_products(found, tokens.reshape(-1, self.config.influence.blocks), len(self.sample.volumes))
+
+    def _total(self, kind: str, name: str, shards: int) -> torch.Tensor:
+        """The sum of a tensor over all shards' files."""
+        return torch.stack([self._read(f"{kind}-{s}", name) for s in range(shards)]).sum(0)
+
+    def _file(self, name: str) -> Path:
+        return self.scratch / f"{name}.safetensors"
+
+    def _read(self, file: str, name: str) -> torch.Tensor:
+        return read_tensor(self._file(file), name, self.device)
+
+
+def read_tensor(path: Path, name: str, where: torch.device) -> torch.Tensor:
+    """One tensor of a safetensors file; the others stay on disk."""
+    with safe_open(path, framework="pt", device=str(where)) as tensors:
+        tensor: torch.Tensor = tensors.get_tensor(name)
+    return tensor
