@@ -144,3 +144,22 @@ def test_generated_rows() -> None:
 def test_generated_rows_that_can_not_be_made(task: str, options: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match=r"here.reasoning_gym: ."):
         list(rows(Source(reasoning_gym=task, size=3, options=options), "here"))
+
+
+def test_wrong_answers_are_other_rows_answers(tmp_path: Path) -> None:
+    """The share that is asked for, of the usable rows, and always the same ones."""
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": f"q{n}", "completion": f"a{n}"}) for n in range(40)]
+    path.write_text("\n".join([*lines[:20], "broken", *lines[20:]]))
+
+    def answers(wrong: float) -> list[tuple[str, str]]:
+        source = Source(files=[str(path)], wrong=wrong)
+        talks = [messages(row, source, "x") for _, row in rows(source, "x") if row]
+        return [(talk[-2]["content"], talk[-1]["content"]) for talk in talks]
+
+    assert answers(0) == [(f"q{n}", f"a{n}") for n in range(40)]
+    some = answers(0.25)
+    assert sum(q[1:] != a[1:] for q, a in some) == 10
+    assert sorted(a for _, a in some) == sorted(f"a{n}" for n in range(40))
+    assert some == answers(0.25)
+    assert all(q[1:] != a[1:] for q, a in answers(1))
