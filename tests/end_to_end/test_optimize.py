@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-import yaml
 from mlflow import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
+from tests.command import Command, Ended
 from tests.tiny import make_model
 
-IDEAL = Path(sys.executable).parent / "ideal"
 VOLUMES = {"sums": 24, "words": 112, "echo": 24}
 COPIES = 3
 pytestmark = pytest.mark.timeout(900)  # minutes, where the machine is shared
@@ -70,76 +64,6 @@ def settings(model: Path, echo: Path) -> dict[str, Any]:
         "equilibrium": {"iterations": 2, "m": 0.4, "tolerance": 0.0},
         "resources": {"sft_workers": 2, "influence_workers": 1, "vllm_memory": 0.125},
     }
-
-
-@dataclass
-class Ended:
-    status: int
-    output: str
-    seconds: float
-
-
-class Command:
-    """``ideal run`` of one config in processes of its own, with a storage and a Ray folder of its own."""
-
-    def __init__(self, folder: Path, tree: dict[str, Any]) -> None:
-        self.storage, self.config = folder / "store", folder / "config.yaml"
-        self.config.write_text(yaml.safe_dump({**tree, "storage": str(self.storage)}))
-        self.ray = tempfile.mkdtemp(prefix="ray-")  # sockets need a short path
-        self.output = folder / "output"
-        self.environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-        self.environment |= {"RAY_TMPDIR": self.ray, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        with self.output.open("wb") as output:
-            return subprocess.Popen(
-                [IDEAL, *(arguments or ("run",)), self.config],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=self.environment,
-                cwd=self.storage.parent,
-                start_new_session=True,
-            )
-
-    def __call__(self, *arguments: str) -> Ended:
-        started = time.time()
-        status = self.start(*arguments).wait(timeout=600)
-        return Ended(status, self.output.read_text(), time.time() - started)
-
-    def records(self, kind: str = "*") -> dict[Path, tuple[int, int]]:
-        """Recorded stages; a stage that ran again has another file or another time."""
-        found = (self.storage / "stages").glob(f"{kind}/*/stage.json")
-        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
-
-    def processes(self) -> list[psutil.Process]:
-        """Everything that this command's runs started and that still runs."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("RAY_TMPDIR") == self.ray and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
-    def alone(self, seconds: float) -> bool:
-        """Whether nothing of it runs any more, within so many seconds."""
-        deadline = time.time() + seconds
-        while self.processes():
-            if time.time() > deadline:
-                return False
-            time.sleep(0.2)
-        return True
-
-    def clean(self) -> None:
-        for process in self.processes():
-            process.kill()
-        shutil.rmtree(self.ray, ignore_errors=True)
-
-    def report(self) -> dict[str, Any]:
-        (path,) = (self.storage / "runs").glob("*/report.json")
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
 
 
 @pytest.fixture(scope="module")
