@@ -19,7 +19,7 @@ schedule`` `exact` takes Λ as it is; `kfac` and `ekfac`, which need one number,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -170,11 +170,15 @@ def layer_bases(sums: FactorSums, layer: str) -> tuple[Eigenbasis, Eigenbasis]:
 
 
 def exact_damping(
-    sums: FactorSums, layers: Sequence[str], settings: InfluenceConfig, own: Mapping[str, torch.Tensor]
+    sums: FactorSums, layers: Sequence[str], settings: InfluenceConfig, own: Callable[[str], torch.Tensor]
 ) -> dict[str, torch.Tensor | float]:
-    """Λ of `exact`: AdamW's, or a multiple of each layer's mean eigenvalue, which its factors' traces give."""
+    """Λ of `exact`: AdamW's, or a multiple of each layer's mean eigenvalue, which its factors' traces give.
+
+    Args:
+        own: a layer's AdamW's Λ.
+    """
     if settings.damping == "schedule":
-        return dict(own)
+        return {layer: own(layer) for layer in layers}
     means = {
         layer: float(sums.a[input_group(layer)].diagonal().mean() * sums.s[layer].diagonal().mean() / sums.positions)
         for layer in layers
@@ -268,7 +272,7 @@ def _exactly(
     return conjugate_gradients(
         GaussNewton(model, layers, chosen, sample.batch_tokens, sample.device).product,
         gradients,
-        exact_damping(sums, layers, sample.settings, own),
+        exact_damping(sums, layers, sample.settings, own.__getitem__),
         tolerance=sample.settings.residual,
         limit=sample.settings.products,
     ).vectors

@@ -24,10 +24,11 @@ from ideal import model as models
 from ideal.config import Config, Source
 from ideal.curvature.layers import input_group
 from ideal.errors import BadInput
+from ideal.solvers import FACTORED, needs_factors
 from ideal.sources import rows
 from service import cluster
 from service.influence import by_cost
-from service.plan import GIB, Layers, Plan, Sizes, batch, cut, depth, estimate, units, uses_factors
+from service.plan import GIB, Layers, Plan, Sizes, batch, cut, depth, estimate, units
 
 TOKENS_PER_EXAMPLE = 256
 TRAIN_EXAMPLES, REFERENCE_EXAMPLES = 10_000, 500
@@ -222,11 +223,12 @@ def seconds(
     exchange = 2 * 4 * sizes.parameters / together.link if machine.sft_workers > 1 else 0
     reference = work.reference * work.tokens
     sample = sum(min(config.influence.examples, volume) for volume in work.volumes) * work.tokens
+    exact = config.influence.solver == "exact"
     return Seconds(
         multiplied / (machine.sft_workers * together.model) + steps * (update + exchange),
         reference * 2 * (sizes.body + sizes.head) / together.model,
         max(_pass(config, sizes, part, sample / shards, reference / shards, alone) for part in parts),
-        max(_solve(config, part, shards, alone) for part in parts),
+        _exact(config, sizes, work, shards, alone) if exact else max(_solve(config, p, shards, alone) for p in parts),
     )
 
 
@@ -237,9 +239,13 @@ def _pass(config: Config, sizes: Sizes, layers: Layers, sample: float, reference
     inputs = {input_group(name): columns for name, (_, columns) in layers.items()}
     squares = sum(r * r for r, _ in layers.values()) + sum(c * c for c in inputs.values())
     gradients = sum(r * c for r, c in layers.values())
-    twice = 2 if uses_factors(config) and config.influence.fisher == "sampled" else 1
+    factors = needs_factors(config.influence.solver, config.influence)
+    twice = 2 if factors and config.influence.fisher == "sampled" else 1
     through = sample * (forward + twice * backward) + reference * (forward + backward)
-    products = 2 * (sample + reference) * gradients + (2 * sample * squares if uses_factors(config) else 0)
+    products = 2 * (sample + reference) * gradients + (2 * sample * squares if factors else 0)
+    if config.influence.solver == "ekfac":  # the second pass: rotations, and every example's gradient
+        through += sample * (forward + backward)
+        products += 2 * sample * (squares + gradients)
     return through / rates.model + products / rates.products
 
 
@@ -248,15 +254,26 @@ def _solve(config: Config, layers: Layers, shards: int, rates: Rates) -> float:
 
     def of_actor(names: list[str]) -> float:
         shapes = [layers[name] for name in names]
-        products = sum(2 * units(config) ** 2 * r * c for r, c in shapes)
-        if not uses_factors(config):
+        sets = 2 * len(config.domains)
+        products = sum(2 * 2 * units(config) * sets * r * c for r, c in shapes)
+        if config.influence.solver not in FACTORED:
             return products / rates.products
         inputs = {input_group(name): layers[name][1] for name in names}
         cubes = sum(r**3 for r, _ in shapes) + sum(c**3 for c in inputs.values())
-        products += sum(2 * units(config) * 2 * r * c * (r + c) for r, c in shapes)
+        products += sum(sets * 4 * r * c * (r + c) for r, c in shapes)
         return EIGEN * cubes / rates.eigen + products / rates.products
 
     return max(of_actor(names) for names in by_cost(list(layers), layers, shards))
+
+
+def _exact(config: Config, sizes: Sizes, work: Work, shards: int, rates: Rates) -> float:
+    """Seconds of conjugate gradients that use all their products: each is a forward pass with tangents and a backward
+    pass over the curvature's examples, for every set."""
+    settings = config.influence
+    examples = sum(min(settings.curvature_examples, settings.examples, volume) for volume in work.volumes)
+    forward = 2 * (sizes.body + sizes.head)
+    one = examples * work.tokens / shards * (2 * forward + 2 * forward)
+    return settings.products * 2 * len(config.domains) * one / rates.model
 
 
 def calibrate(config: Config, shapes: PretrainedConfig, threads: int) -> Rates:

@@ -23,6 +23,7 @@ from transformers import AutoConfig
 from ideal.batches import length
 from ideal.config import Config
 from ideal.curvature.layers import input_group, layer_shapes
+from ideal.errors import BadInput
 from ideal.influence import shard
 from ideal.solvers import (
     curvature_blocks,
@@ -64,6 +65,12 @@ def influence(
     shapes = layer_shapes(AutoConfig.from_pretrained(checkpoint / MODEL), config.influence.layers)
     cuts = np.array_split(np.array(list(shapes)), min(layer_blocks, len(shapes)))
     groups = [[str(layer) for layer in cut] for cut in cuts]
+    if config.influence.solver == "exact" and len(groups) > 1:
+        raise BadInput(
+            "resources.layer_blocks",
+            f"`exact` solves all tracked layers together: they can't be cut in {len(groups)} blocks",
+            "leave it out, track fewer layers, or take `kfac`",
+        )
     shards = max(1, cluster.influence_workers // len(groups))
     blocks = sample.blocks()
     parts = shard(blocks, shards)

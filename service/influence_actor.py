@@ -119,7 +119,7 @@ class InfluenceActor:
         found: dict[str, Eigenbasis] = {}
         for layer in layers:
             a, s = self._bases(layer, shards, found)
-            tensors = {"A": a.vectors, "S": s.vectors, "a": a.values, "s": s.values}
+            tensors = {"A": a.vectors.float(), "S": s.vectors.float(), "a": a.values, "s": s.values}
             ridges = {"ridges": torch.tensor([a.ridge, s.ridge], dtype=torch.float64)}
             save_file({k: v.cpu().contiguous() for k, v in (tensors | ridges).items()}, self._file(f"basis-{layer}"))
 
@@ -129,7 +129,7 @@ class InfluenceActor:
         bases = {layer: self._recorded(layer) for layer in self.layers}
         squares = squared_gradients(
             load_model(self.model, DTYPES[self.config.influence.precision], self.device),
-            {layer: (s.vectors.float(), a.vectors.float()) for layer, (a, s) in bases.items()},
+            {layer: (s.vectors, a.vectors) for layer, (a, s) in bases.items()},
             [everything[index] for index in members],
             fisher=self.config.influence.fisher,
             seed=self.config.seed,
@@ -180,7 +180,7 @@ class InfluenceActor:
         solution = conjugate_gradients(
             product,
             {layer: self._set_sums(layer) for layer in self.layers},
-            exact_damping(self._sums(shards), self.layers, settings, self._own()),
+            exact_damping(self._sums(shards), self.layers, settings, self._own),
             tolerance=settings.residual,
             limit=settings.products,
         )
@@ -203,7 +203,7 @@ class InfluenceActor:
     def _layer_solver(self, layer: str, shards: int, bases: dict[str, Eigenbasis]) -> LayerSolver:
         settings = self.config.influence
         if settings.solver == "adam":
-            return Diagonal(self._own()[layer])
+            return Diagonal(self._own(layer))
         if settings.solver not in FACTORED:
             return Plain()
         refine = settings.solver == "ekfac"
@@ -214,7 +214,7 @@ class InfluenceActor:
             s,
             float(self._total("factors", "positions", shards)),
             settings,
-            self._own()[layer] if settings.damping == "schedule" else None,
+            self._own(layer) if settings.damping == "schedule" else None,
             self._total("squares", layer, shards) if refine else None,
             torch.float32,
         )
@@ -239,10 +239,9 @@ class InfluenceActor:
         )
         return a, s
 
-    def _own(self) -> dict[str, torch.Tensor]:
-        """Λ of the block's layers as the SFT left it."""
-        path = self.model.parent / DAMPING
-        return {layer: read_tensor(path, f"{layer}.weight", self.device).float() for layer in self.layers}
+    def _own(self, layer: str) -> torch.Tensor:
+        """Λ of a layer as the SFT left it."""
+        return read_tensor(self.model.parent / DAMPING, f"{layer}.weight", self.device).float()
 
     def _sums(self, shards: int) -> FactorSums:
         """The whole sample's factors; empty where none were asked for."""

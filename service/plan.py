@@ -6,7 +6,8 @@ Each worker at its fullest; V is the vocabulary, T a forward pass's supervised t
   and its gradient in fp32 (12 T V).
 - Influence's pass: parameters in w; the layers' factors and one block's gradient in fp32; activations above the lowest
   tracked layer; two sets of output gradients; logits, and in fp64 the distribution that labels are drawn from (28 T V).
-- Influence's solve: one eigen-decomposition in fp64; then all reference blocks' gradients of one layer, twice.
+- Influence's solve: one eigen-decomposition in fp64; then all sets' gradients of one layer, three times. `exact`
+  instead holds all layers', seven times (the vectors of conjugate gradients), beside a pass of its own.
 
 Batches are taken to be full and half of their tokens supervised. Left out are what Python and its libraries hold (0.5
 to 1 GiB, in the machine's memory), and what an allocator keeps of freed memory. The test holds the formulas against
@@ -27,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from ideal.config import Config
 from ideal.curvature.layers import input_group, layer_shapes
 from ideal.errors import BadInput
+from ideal.solvers import needs_factors
 from service.cluster import Cluster
 
 GIB = 2**30
@@ -47,6 +49,9 @@ SAMPLED_LOGIT = 28
 
 PLAIN_LOGIT = 16
 """Bytes of each logit in a pass that draws no labels: as in SFT, and the logits themselves."""
+
+VECTORS = 7
+"""Copies of every set's gradient that conjugate gradients hold: solution, residual, direction, their updates."""
 
 KEPT_OUTPUTS = ("gate_proj", "up_proj")
 """Layers whose output a frozen model's backward pass needs anyway; of other tracked layers it is kept besides."""
@@ -209,6 +214,8 @@ def estimate(
     counts = range(1, len(sizes.tracked) + 1)
     fitting = (n for n in counts if pass_memory(config, sizes, n, supervised) <= available)
     blocks = config.resources.layer_blocks or next(fitting, cluster.influence_workers)
+    if config.influence.solver == "exact":
+        blocks = 1
     blocks = min(blocks, len(sizes.tracked))
     tracked = sum(rows * columns for rows, columns in sizes.tracked.values())
     return Plan(
@@ -219,7 +226,7 @@ def estimate(
         for_sft,
         reference_memory(config, sizes, supervised),
         pass_memory(config, sizes, blocks, supervised),
-        solve_memory(config, sizes),
+        solve_memory(config, sizes, supervised),
         available,
         cluster.influence_workers,
         tracked * 4 * 2 * units(config),
@@ -242,11 +249,6 @@ def worker_memory(cluster: Cluster, workers: int) -> int:
 def units(config: Config) -> int:
     """Gradients of the domains, and as many of the reference sets."""
     return len(config.domains) * config.influence.blocks
-
-
-def uses_factors(config: Config) -> bool:
-    """Whether the influence's solver inverts a K-FAC curvature."""
-    return config.influence.solver in ("kfac", "ekfac")
 
 
 def batch(config: Config) -> int:
@@ -288,7 +290,7 @@ def reference_memory(config: Config, sizes: Sizes, supervised: float) -> int:
 def pass_memory(config: Config, sizes: Sizes, blocks: int, supervised: float) -> int:
     """Bytes of the influence actor that needs most in its pass, the tracked layers cut in so many blocks."""
     width, tokens = WIDTH[config.influence.precision], batch(config)
-    sampled = uses_factors(config) and config.influence.fisher == "sampled"
+    sampled = needs_factors(config.influence.solver, config.influence) and config.influence.fisher == "sampled"
     layer = 2 * 4 * sizes.hidden + width * (4 * sizes.attention + 3 * sizes.inner)
 
     def of_block(layers: Layers) -> int:
@@ -297,7 +299,7 @@ def pass_memory(config: Config, sizes: Sizes, blocks: int, supervised: float) ->
         besides = sum(rows for name, (rows, _) in layers.items() if not name.endswith(KEPT_OUTPUTS))
         recorded = width * (sum(inputs.values()) + besides + outputs * (2 if sampled else 1))
         kept = sum(rows * columns for rows, columns in layers.values())
-        if uses_factors(config):
+        if needs_factors(config.influence.solver, config.influence):
             kept += sum(rows * rows for rows, _ in layers.values()) + sum(c * c for c in inputs.values())
         return 4 * kept + tokens * (depth(sizes, layers) * layer + recorded)
 
@@ -305,12 +307,16 @@ def pass_memory(config: Config, sizes: Sizes, blocks: int, supervised: float) ->
     return sizes.parameters * width + logits + max(of_block(part) for part in cut(sizes.tracked, blocks))
 
 
-def solve_memory(config: Config, sizes: Sizes) -> int:
-    """Bytes of an influence actor at its most expensive layer."""
+def solve_memory(config: Config, sizes: Sizes, supervised: float) -> int:
+    """Bytes of an influence actor at its most expensive layer, or with `exact` at all of them."""
+    sets = 2 * len(config.domains)
+    if config.influence.solver == "exact":
+        tracked = sum(rows * columns for rows, columns in sizes.tracked.values())
+        return pass_memory(config, sizes, 1, supervised) + 4 * VECTORS * sets * tracked
 
     def of_layer(rows: int, columns: int) -> int:
-        products = 4 * (2 * units(config) + 3) * rows * columns
-        if not uses_factors(config):
+        products = 4 * 3 * sets * rows * columns
+        if not needs_factors(config.influence.solver, config.influence):
             return products
         wider, other = max(rows, columns), min(rows, columns)
         last = 4 * (rows * rows + columns * columns + rows * columns)  # the layer's before it, or its own, in fp32
