@@ -183,6 +183,7 @@ def _markdown(config: Config, outcome: Outcome, pictures: list[str], found_pairs
         lines += ["| " + " | ".join(row) + " |" for row in cells] + [""]
     lines += [f"![{name}]({name}.png)\n" for name in pictures]
     lines += _who_helps_whom(found_pairs) if found_pairs else []
+    lines += _curvature(config, outcome)
     lines += [
         "## Data",
         "",
@@ -200,6 +201,26 @@ def _markdown(config: Config, outcome: Outcome, pictures: list[str], found_pairs
     lines += ["", "## Stages", "", "| stage | fingerprint | seconds |", "| --- | --- | ---: |"]
     lines += [f"| {r.kind} | {r.fingerprint} | {r.seconds:.1f} |" for r in outcome.records]
     return "\n".join(lines) + "\n"
+
+
+def _curvature(config: Config, outcome: Outcome) -> list[str]:
+    """How well each influence's system was behaved; a layer that needed help is named."""
+    settings = config.influence
+    lines = ["## Curvature", "", f"Solver `{settings.solver}`, damping {settings.damping}.", ""]
+    for iteration in outcome.iterations:
+        if not iteration.influence:
+            continue
+        found = iteration.influence.result
+        worst = max(found.get("conditions", {"": 1.0}).items(), key=lambda item: item[1])
+        says = [f"{label(iteration)}:"]
+        if worst[1] > 1:
+            says.append(f"largest condition number before damping {worst[1]:.1e} ({worst[0]}).")
+        if found.get("residual"):
+            says.append(f"Conjugate gradients ended at a relative residual of {found['residual']:.2g}.")
+        for name, ridge in found.get("repaired", {}).items():
+            says.append(f"{name} was decomposed only with {ridge:g} of its mean eigenvalue on the diagonal.")
+        lines.append("- " + " ".join(says) if len(says) > 1 else f"- {says[0]} nothing to invert.")
+    return [*lines, ""]
 
 
 def _who_helps_whom(found: dict[str, Any]) -> list[str]:

@@ -5,19 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-MAX_TOKENS = 512
-HEAD_DIM = 32  # the smallest that vLLM's attention on CPU takes
+from ideal import pretraining
+from ideal.pretraining import HEAD_WIDTH
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+MAX_TOKENS = 512
 
 TEXT = [
     "State the final answer to the following arithmetic problem: 12 + 34 - 5 =",
@@ -45,9 +38,9 @@ def make_model(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 64
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=hidden // HEAD_DIM,
-        num_key_value_heads=max(1, hidden // HEAD_DIM // 2),
-        head_dim=HEAD_DIM,
+        num_attention_heads=hidden // HEAD_WIDTH,
+        num_key_value_heads=max(1, hidden // HEAD_WIDTH // 2),
+        head_dim=HEAD_WIDTH,
         max_position_embeddings=MAX_TOKENS,
         tie_word_embeddings=True,
         initializer_range=0.1,
@@ -65,22 +58,6 @@ def make_model(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 64
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of about 400 words, trained on `TEXT`, with ChatML's specials and template."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=SPECIALS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(TEXT, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=MAX_TOKENS,
-    )
+    tokenizer = pretraining.make_tokenizer(TEXT, 400)
+    tokenizer.model_max_length = MAX_TOKENS
+    return tokenizer

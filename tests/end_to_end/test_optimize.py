@@ -151,6 +151,18 @@ def wait_for(found: Any, process: subprocess.Popen[bytes], seconds: float = 300)
         time.sleep(0.05)
 
 
+def test_sensitivity_needs_nothing_but_the_records(command: Command, whole: Ended) -> None:
+    before = command.records()
+    ended = command("sensitivity")
+    assert ended.status == 0, ended.output
+    assert "half of it, against the other half" in ended.output
+    assert {path.name for path in (command.storage / "runs").glob("*/sensitivity.*")} == {
+        "sensitivity.json",
+        "sensitivity.md",
+    }
+    assert command.records() == before
+
+
 def test_killed_at_any_moment_it_goes_on_and_ends_the_same(
     tmp_path: Path, tree: dict[str, Any], command: Command, whole: Ended
 ) -> None:

@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ideal.chat import ChatEncoder, Message, Unusable
 from ideal.errors import BadInput
-from tests.tiny import CHAT_TEMPLATE, make_tokenizer
+from ideal.pretraining import CHAT_TEMPLATE
+from tests.tiny import make_tokenizer
 
 TALK: list[Message] = [
     {"role": "system", "content": "Be short."},

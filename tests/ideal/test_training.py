@@ -21,7 +21,7 @@ from ideal.config import SftConfig
 from ideal.examples import ExampleSet
 from ideal.mixture import draw
 from ideal.model import load_model, summed_loss, supervised_logits
-from ideal.training import Log, Step, Trainer, mean_loss, plan, schedule, train
+from ideal.training import DAMPING, Log, Step, Trainer, mean_loss, plan, schedule, train
 from tests.ideal.made import example_set, full_loss
 from tests.tiny import make_model
 
@@ -165,6 +165,29 @@ def test_a_run_taken_up_again_is_the_same_run(base: Path, tmp_path: Path, precis
     assert torch.equal(weights(resumed), weights(whole))
     for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_damping_is_what_a_run_divides_a_gradient_by(base: Path, tmp_path: Path) -> None:
+    """The same batch at every step, in steps so small that its gradient stays: each weight moves by G/Λ."""
+    config = SftConfig(precision="fp32", learning_rate=2e-5, clip_norm=1e6, warmup=0.3)
+    trainer, items = Trainer(base, config, CPU, 10_000), list(POOLS["a"])
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    total, count = full_loss(trainer.model, POOLS["a"])
+    gradients = dict(zip(before, torch.autograd.grad(total / count, list(trainer.model.parameters())), strict=True))
+    for number, rate in enumerate([1e-5, 2e-5, 2e-5, 5e-6]):
+        trainer.step(Step(number, list(range(len(items))), rate), items)
+    trainer.save_damping(tmp_path)
+    damping = load_file(tmp_path / DAMPING)
+    assert set(damping) == {name for name, p in before.items() if p.ndim >= 2}
+    for name, stiffness in damping.items():
+        moved = before[name] - dict(trainer.model.named_parameters())[name].detach()
+        sure = gradients[name].abs() > 0.05 * gradients[name].abs().max()
+        ratio = (moved * stiffness.float() / gradients[name])[sure]
+        assert ratio.median() == pytest.approx(1.0, abs=0.02)
+    trainer.save_state(tmp_path)
+    resumed = Trainer(base, config, CPU, 10_000)
+    resumed.load_state(tmp_path)
+    assert all(torch.equal(value, damping[name]) for name, value in resumed.damping().items())
 
 
 def test_small_steps_are_not_lost_in_bf16(base: Path) -> None:
