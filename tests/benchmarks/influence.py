@@ -1,96 +1,339 @@
-"""The influence stage as a multiple of a plain forward and backward pass over the same tokens, in one process.
+"""What an influence costs: as a multiple of a plain forward and backward pass over the same tokens, beside a library.
 
-    python -m tests.benchmarks.influence jobs/configs/quickstart.yaml [a.b=c …]
+    python -m tests.benchmarks.influence [--small] [--domains 2,4,8,16] [--tokens 2] [--kronfluence FOLDER] [a.b=c …]
 
-Prints tokens per second of both, and the ratio of the pass (factors and gradients) and of pass and solve together. The
-plain pass computes all weights' gradients of the same examples in the same micro-batches, at the same precision.
+Same machine, model, tokens, micro-batches, layers and precision (fp32 on CPU), each contestant in a process of its own,
+one after another. The clock runs from a loaded model to the domain × reference matrix; peak memory is what a process
+grows by from before it loads the model (so the model's own 0.5 GB is in it).
+
+- `plain`: one forward and backward pass with all weights' gradients. Only supervised positions pass through the head,
+  which makes it the smaller of two possible yardsticks; `plain, all logits` is the other.
+- `kfac`, `ekfac`, `exact`: ``influence_tables``, everything included. `exact` (``--exact``) is damped by a made-up
+  constant Λ in place of the optimiser's.
+- `kronfluence`: fits its factors on the same training examples and scores. It has no notion of domains, and
+  per-example gradients of these layers don't fit into memory, so the cheapest way to the matrix is taken: a domain's
+  summed gradient as the *query* (the influence is symmetric, and there are more training than reference tokens), and
+  its scores with every reference example, summed by set: M passes over the references, one over the training sample.
+  The model is used as the library's examples do, with logits at every position. It is handed our micro-batches and
+  our sampled labels, so that the two matrices differ by nothing but arithmetic. It isn't one of this project's
+  dependencies; it is read from the folder that is named, or where Python finds it.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
-from ideal.batches import batches, length
+from ideal.batches import IGNORED, Item, batches, length
 from ideal.chat import ChatEncoder
-from ideal.config import load
-from ideal.curvature.accumulate import BlockGradient, accumulate
-from ideal.curvature.kfac import curvature, eigenbasis
-from ideal.curvature.layers import input_group, tracked_layers
-from ideal.domains import prepare, starting_volumes
-from ideal.influence import layer_products
-from ideal.model import DTYPES, load_model, load_tokenizer, materialise, summed_loss, supervised_logits
-from service.data import reference_file, train_file
-from service.sample import Sample
+from ideal.config import InfluenceConfig, load
+from ideal.curvature.accumulate import Block, sample_labels
+from ideal.curvature.layers import tracked_layers
+from ideal.domains import prepare
+from ideal.examples import ExampleSet
+from ideal.influence import Array, split
+from ideal.mixture import draw
+from ideal.model import load_model, load_tokenizer, materialise, summed_loss, supervised_logits
+from ideal.solvers import Sampled, influence_tables
+from service.data import MODEL, reference_file, train_file
+from tests.service.peak import status
+
+CPU = torch.device("cpu")
+INSTALL = "pip install --no-deps --target FOLDER kronfluence einops opt_einsum einconv"
+MADE_UP = 0.1
+"""Λ of `exact`: about √v̂ = 3e-4 over a sum of learning rates of 3e-3."""
+SMALL = [f"model.layers.{number}.mlp.*" for number in (9, 19, 29)]
 
 
-def main(path: str, *overrides: str) -> None:
-    config = load(path, list(overrides))
-    settings, where = config.influence, torch.device("cpu")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        materialise(config.model, folder)
-        found = {}
-        for domain in prepare(config, ChatEncoder(load_tokenizer(folder), config.model.max_tokens), []):
-            domain.train.save(train_file(folder, domain.name))
-            domain.reference.save(reference_file(folder, domain.name))
-            found[domain.name] = {
-                "pool": len(domain.train),
-                "reference": len(domain.reference),
-                "account": domain.account,
-            }
-        blocks = Sample(folder, starting_volumes(config, found), settings, config.seed).blocks()
-        model = load_model(folder, DTYPES[settings.precision], where)
-    tokens = sum(length(item) for block in blocks for item in block.items)
-    budget = config.resources.batch_tokens
+@dataclass(frozen=True)
+class Setting:
+    """What every process is told.
 
-    def plain() -> None:
-        model.requires_grad_(True)
-        for block in blocks:
-            for _, batch in batches(block.items, budget):
+    Attributes:
+        folder: the model, and the examples of every set.
+        names: the domains.
+        train, reference: input tokens in all domains' samples together, and in all reference sets.
+        dealt: deal the training sample out to so many domains, as if they were cards; 0 leaves the domains as they are.
+    """
+
+    folder: str
+    names: list[str]
+    layers: list[str]
+    train: int
+    reference: int
+    batch_tokens: int
+    seed: int
+    dealt: int = 0
+    blocks: int = 2
+    kronfluence: str = ""
+
+
+def chosen(pool: ExampleSet, tokens: int, seed: int, name: str) -> list[Item]:
+    """The first examples of a set's seeded order, up to so many tokens.
+
+    Raises:
+        SystemExit: it hasn't as many.
+    """
+    order = [pool[int(i)] for i in draw(len(pool), len(pool), seed, name)]
+    total = np.cumsum([length(item) for item in order])
+    if total[-1] < tokens:
+        sys.exit(f"{name} has {total[-1]} tokens, {tokens} are asked for: set a larger `size` in the config")
+    return order[: int(np.searchsorted(total, tokens)) + 1]
+
+
+def sample(setting: Setting) -> tuple[list[Block], int]:
+    """Every domain's blocks, then every reference set's; and how many domains.
+
+    The mixture is the training sample itself: each of its tokens has the same weight.
+
+    Raises:
+        SystemExit: there are too few examples for so many parts.
+    """
+    folder, names, seed = Path(setting.folder), setting.names, setting.seed
+    each, of_reference = setting.train // len(names), setting.reference // len(names)
+    train = {name: chosen(ExampleSet.load(train_file(folder, name)), each, seed, name) for name in names}
+    if setting.dealt:
+        cards = [item for items in train.values() for item in items]
+        train = {str(n): cards[n :: setting.dealt] for n in range(setting.dealt)}
+    tokens = [sum(int(supervised[1:].sum()) for _, supervised in items) for items in train.values()]
+    blocks: list[Block] = []
+    for (name, items), share in zip(train.items(), tokens, strict=True):
+        blocks += split(f"train/{name}", items, range(len(items)), setting.blocks, share / sum(tokens))
+    for name in names:
+        items = chosen(ExampleSet.load(reference_file(folder, name)), of_reference, seed, name)
+        blocks += split(f"reference/{name}", items, range(len(items)), setting.blocks, 0.0)
+    if not all(block.items for block in blocks):
+        sys.exit(f"some block of {setting.blocks} in a set is empty: ask for fewer domains or more tokens")
+    return blocks, len(train)
+
+
+def measured(part: str, setting: Setting) -> dict[str, Any]:
+    """A contestant's seconds, peak bytes, and matrix."""
+    blocks, domains = sample(setting)
+    before = status("VmRSS")
+    model = load_model(Path(setting.folder) / MODEL, torch.float32, CPU)
+    layers = tracked_layers(model, setting.layers)
+    with torch.no_grad():
+        supervised_logits(model, batches(blocks[0].items, setting.batch_tokens)[0][1])  # libraries get ready
+    started = time.perf_counter()
+    if part.startswith("plain"):
+        matrix = plain(model, blocks, setting, whole="all logits" in part)
+    elif part.startswith("kronfluence"):
+        matrix = kronfluence(part.split()[1], model, layers, blocks, domains, setting)
+    else:
+        matrix = ours(part, model, layers, blocks, domains, setting)
+    return {
+        "seconds": time.perf_counter() - started,
+        "peak_bytes": status("VmHWM") - before,
+        "tokens": sum(length(item) for block in blocks for item in block.items),
+        "train_tokens": sum(length(item) for block in blocks if block.weight for item in block.items),
+        "layers": len(layers),
+        "threads": torch.get_num_threads(),
+        "matrix": matrix.tolist(),
+    }
+
+
+def plain(model: nn.Module, blocks: list[Block], setting: Setting, whole: bool) -> Array:
+    """All weights' gradients, summed over the sample."""
+    for block in blocks:
+        for _, batch in batches(block.items, setting.batch_tokens):
+            if whole:
+                logits = model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
+                summed_loss(logits[batch.targets != IGNORED], batch).backward()
+            else:
                 summed_loss(supervised_logits(model, batch), batch).backward()
-                model.zero_grad()
+    return np.zeros(0)
 
-    gradients: list[BlockGradient] = []
-    layers = tracked_layers(model, settings.layers)
-    plain()
-    started = time.perf_counter()
-    plain()
-    plain_seconds = time.perf_counter() - started
-    started = time.perf_counter()
-    sums = accumulate(
-        model,
-        layers,
-        blocks,
-        fisher=settings.fisher,
-        factors=settings.solver == "kfac",
-        seed=config.seed,
-        batch_tokens=budget,
-        device=where,
-        done=lambda _, gradient: gradients.append(gradient),
+
+def ours(
+    solver: str, model: nn.Module, layers: list[str], blocks: list[Block], domains: int, setting: Setting
+) -> Array:
+    damping = {}
+    if solver == "exact":
+        weights = {f"{layer}.weight": model.get_parameter(f"{layer}.weight") for layer in layers}
+        damping = {name: torch.full(weight.shape, MADE_UP) for name, weight in weights.items()}
+    settings = InfluenceConfig(solver=solver, damping="schedule" if damping else 0.1, blocks=setting.blocks)
+    given = Sampled(blocks, domains, settings, damping, setting.seed, setting.batch_tokens, CPU)
+    return influence_tables(model, layers, given, [solver])[solver].matrix()
+
+
+def kronfluence(
+    strategy: str, model: nn.Module, layers: list[str], blocks: list[Block], domains: int, setting: Setting
+) -> Array:
+    """The same matrix by the library; its dataset's items are our micro-batches."""
+    sys.path.append(setting.kronfluence)
+    from kronfluence.analyzer import Analyzer, prepare_model
+    from kronfluence.arguments import FactorArguments, ScoreArguments
+    from kronfluence.task import Task
+    from kronfluence.utils.dataset import DataLoaderKwargs
+
+    class Summed(Task):  # type: ignore[misc]
+        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> torch.Tensor:
+            keep = batch["targets"] != IGNORED
+            logits = model(input_ids=batch["ids"], attention_mask=batch["mask"].long(), use_cache=False).logits[keep]
+            labels = batch["targets"][keep]
+            if sample:
+                labels = sample_labels(logits.detach(), batch["ours"][0], batch["keys"], batch["set"], setting.seed)
+            return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+        def compute_measurement(self, batch: Any, model: nn.Module) -> torch.Tensor:
+            return self.compute_train_loss(batch, model)
+
+        def get_influence_tracked_modules(self) -> list[str]:
+            return layers
+
+        def get_attention_mask(self, batch: Any) -> torch.Tensor:
+            return batch["mask"]
+
+    def micro_batches(some: list[Block]) -> list[dict[str, Any]]:
+        return [
+            {**vars(batch), "ours": [batch], "keys": [block.keys[i] for i in members], "set": block.set}
+            for block in some
+            for members, batch in batches(block.items, setting.batch_tokens)
+        ]
+
+    split_at = domains * setting.blocks
+    train, reference = blocks[:split_at], blocks[split_at:]
+    asked = micro_batches(reference)
+    sets = list(dict.fromkeys(block.set for block in reference))
+    owner = np.repeat([sets.index(batch["set"]) for batch in asked], [len(batch["ids"]) for batch in asked])
+    task = Summed()
+    loading = {"dataloader_kwargs": DataLoaderKwargs(collate_fn=lambda items: items[0])}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        analyzer = Analyzer("", prepare_model(model, task), task, cpu=True, disable_tqdm=True, output_dir=folder)
+        factors = FactorArguments(strategy=strategy)
+        analyzer.fit_all_factors("factors", micro_batches(train), 1, factor_args=factors, **loading)
+        for j in range(domains):
+            analyzer.compute_pairwise_scores(
+                f"scores-{j}",
+                "factors",
+                query_dataset=micro_batches(train[j * setting.blocks : (j + 1) * setting.blocks]),
+                train_dataset=asked,
+                per_device_query_batch_size=1,
+                per_device_train_batch_size=1,
+                score_args=ScoreArguments(damping_factor=None, aggregate_query_gradients=True),  # 0.1 · mean, as ours
+                **loading,
+            )
+            scores = analyzer.load_pairwise_scores(f"scores-{j}")["all_modules"]
+            rows.append(np.bincount(owner, scores.flatten().double().numpy()))
+    tokens = np.array([block.supervised() for block in blocks]).reshape(-1, setting.blocks).sum(1)
+    return np.asarray(np.array(rows) / tokens[:domains, None] / tokens[domains:])
+
+
+def child(part: str, setting: Setting) -> dict[str, Any]:
+    """``measured`` in a process of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.influence", "--part", part, json.dumps(asdict(setting))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{part} failed:\n{done.stdout}{done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def cosine(one: list[list[float]], other: list[list[float]]) -> float:
+    a, b = np.ravel(one), np.ravel(other)
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def written(folder: Path, arguments: argparse.Namespace) -> Setting:
+    """Put the model and the examples into a folder, once for all contestants."""
+    config = load(arguments.config, arguments.overrides)
+    (folder / MODEL).mkdir()
+    materialise(config.model, folder / MODEL)
+    encoder = ChatEncoder(load_tokenizer(folder / MODEL), config.model.max_tokens)
+    for domain in prepare(config, encoder, []):
+        domain.train.save(train_file(folder, domain.name))
+        domain.reference.save(reference_file(folder, domain.name))
+    part = 5 if arguments.small else 1
+    layers = SMALL if arguments.small else ["*.mlp.*"]
+    names = [domain.name for domain in config.domains]
+    return Setting(
+        str(folder), names, layers, 5000 // part, 2600 // part, 1024, config.seed, kronfluence=arguments.kronfluence
     )
-    pass_seconds = time.perf_counter() - started
-    half = len(blocks) // 2
-    for layer in layers:
-        a = eigenbasis(sums.a[input_group(layer)] / sums.positions)
-        s = eigenbasis(sums.s[layer] / sums.positions)
-        eigen = curvature(a, s, sums.positions, settings.damping, torch.float32)
-        layer_products(
-            eigen,
-            half,
-            half,
-            lambda side, number, layer=layer: gradients[number + (half if side == "reference" else 0)].gradients[layer],
-        )
-    both_seconds = time.perf_counter() - started
-    print(f"{tokens} tokens, {len(layers)} layers, {len(blocks)} blocks, {torch.get_num_threads()} threads")
-    print(f"plain forward and backward   {plain_seconds:7.1f} s  {tokens / plain_seconds:7.0f} tokens/s")
-    print(f"factors and gradients        {pass_seconds:7.1f} s  {pass_seconds / plain_seconds:7.2f} × plain")
-    print(f"  and the solve              {both_seconds:7.1f} s  {both_seconds / plain_seconds:7.2f} × plain")
+
+
+def compare(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every contestant in turn, printed as it comes."""
+    parts = ["plain", "plain, all logits", "kfac", "ekfac"] + ["exact"] * arguments.exact
+    sys.path.append(setting.kronfluence)
+    if find_spec("kronfluence"):
+        parts += ["kronfluence kfac", "kronfluence ekfac"]
+    else:
+        print(f"kronfluence isn't there: `{INSTALL}`, then name the folder with --kronfluence")
+    found: dict[str, Any] = {}
+    for part in parts:
+        one = found[part] = child(part, setting)
+        if part == "plain":
+            print(
+                f"{one['train_tokens']} training and {one['tokens'] - one['train_tokens']} reference tokens,", end=" "
+            )
+            print(f"{one['layers']} layers, {len(setting.names)} domains, fp32, {one['threads']} threads\n")
+            print(f"{'':<30}{'seconds':>9}{'× plain':>9}{'peak GB':>9}")
+        label = f"{part} (Λ made up)" if part == "exact" else part
+        one["multiple"] = one["seconds"] / found["plain"]["seconds"]
+        print(f"{label:<30}{one['seconds']:>9.1f}{one['multiple']:>9.2f}{one['peak_bytes'] / 1e9:>9.2f}", flush=True)
+    for part in ("kfac", "ekfac"):
+        if f"kronfluence {part}" in found:
+            found[part]["cosine"] = cosine(found[part]["matrix"], found[f"kronfluence {part}"]["matrix"])
+            print(f"{part}: cosine of the matrix with kronfluence's {found[part]['cosine']:.6f}")
+    return found
+
+
+def scale(name: str, settings: dict[str, Setting]) -> dict[str, Any]:
+    """`kfac` in several settings."""
+    print(f"\n{name:<21}{'tokens':>9}{'seconds':>9}")
+    found = {}
+    for label, setting in settings.items():
+        one = found[label] = child("kfac", setting)
+        print(f"{label:<21}{one['tokens']:>9}{one['seconds']:>9.1f}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the config")
+    parser.add_argument("--config", default="jobs/configs/quickstart.yaml", help="model, domains and their examples")
+    parser.add_argument("--small", action="store_true", help="three blocks' MLPs and a fifth of the tokens")
+    parser.add_argument("--exact", action="store_true", help="the exact solver too: slow")
+    parser.add_argument("--domains", default="", help="numbers of domains to deal the sample out to, e.g. 2,4,8,16")
+    parser.add_argument("--tokens", type=int, default=0, help="how often to double the tokens")
+    parser.add_argument("--kronfluence", default="", metavar="FOLDER", help=f"where it is: {INSTALL}")
+    parser.add_argument("--json", type=Path, help="write everything to this file too")
+    parser.add_argument("--part", nargs=2, metavar=("NAME", "SETTING"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part:
+        part, told = arguments.part
+        print("\n" + json.dumps(measured(part, Setting(**json.loads(told)))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        setting = written(Path(folder), arguments)
+        results = {"contestants": compare(setting, arguments)}
+        few = replace(setting, layers=SMALL)
+        if arguments.domains:
+            counts = [int(n) for n in arguments.domains.split(",")]
+            results["domains"] = scale("kfac by domains", {str(n): replace(few, dealt=n) for n in counts})
+        if arguments.tokens:
+            sizes = [2**n for n in range(arguments.tokens + 1)]
+            results["tokens"] = scale(
+                "kfac by tokens",
+                {f"× {n}": replace(few, train=n * few.train, reference=n * few.reference) for n in sizes},
+            )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:] or ["jobs/configs/quickstart.yaml"])
+    main()
