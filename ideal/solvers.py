@@ -112,7 +112,8 @@ def influence_tables(
     )
     own = {layer: wide(sample.damping[f"{layer}.weight"].to(where)) for layer in layers} if sample.damping else {}
     factored = any(solver in FACTORED for solver in solvers)
-    bases = {layer: layer_bases(sums, layer) for layer in layers} if factored else {}
+    known: dict[str, Eigenbasis] = {}
+    bases = {layer: layer_bases(sums, layer, known) for layer in layers} if factored else {}
     refined = _refined(model, bases, sample, sums.s[layers[0]].dtype) if "ekfac" in solvers else {}
     tables = {}
     gradients = [block.gradients for block in found]
@@ -157,14 +158,22 @@ def table_of(rows: Sequence[Array], sizes: Sequence[tuple[int, float]], domains:
     )
 
 
-def layer_bases(sums: FactorSums, layer: str) -> tuple[Eigenbasis, Eigenbasis]:
+def layer_bases(
+    sums: FactorSums, layer: str, known: dict[str, Eigenbasis] | None = None
+) -> tuple[Eigenbasis, Eigenbasis]:
     """(of A, of S) of a layer.
+
+    Args:
+        known: bases of A by input group, added to: layers that share an input share the decomposition.
 
     Raises:
         FloatingPointError: one of them can't be decomposed; the layer is named.
     """
+    known, group = {} if known is None else known, input_group(layer)
     try:
-        return eigenbasis(sums.a[input_group(layer)] / sums.positions), eigenbasis(sums.s[layer] / sums.positions)
+        if group not in known:
+            known[group] = eigenbasis(sums.a[group] / sums.positions)
+        return known[group], eigenbasis(sums.s[layer] / sums.positions)
     except FloatingPointError as error:
         raise FloatingPointError(f"influence: layer {layer} {error}") from None
 
