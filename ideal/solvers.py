@@ -195,15 +195,22 @@ def exact_damping(
     return {layer: settings.damping * mean for layer, mean in means.items()}
 
 
-def curvature_blocks(blocks: Sequence[Block], domains: int, settings: InfluenceConfig) -> list[Block]:
-    """The first examples of each domain's sample with weights that sum to the domain's, for `exact`."""
-    taken = []
+def curvature_blocks(blocks: Sequence[Block], domains: int, settings: InfluenceConfig, parts: int = 1) -> list[Block]:
+    """Some of each domain's examples, from all of its blocks, with weights that sum to the domain's: for `exact`.
+
+    Args:
+        parts: blocks to deal a domain's examples to; as few as there is work to divide, since batches are made of one.
+    """
+    taken: list[Block] = []
+    share = -(-settings.curvature_examples // settings.blocks)
     for j in range(domains):
         own = blocks[j * settings.blocks : (j + 1) * settings.blocks]
-        share = -(-settings.curvature_examples // settings.blocks)
-        cut = [replace(b, items=b.items[:share], keys=b.keys[:share]) for b in own]
-        scale = sum(b.supervised() for b in own) / sum(b.supervised() for b in cut)
-        taken += [replace(b, weight=b.weight * scale) for b in cut]
+        items = [item for block in own for item in block.items[:share]]
+        keys = [key for block in own for key in block.keys[:share]]
+        dealt = [Block(own[0].set, n, items[n::parts], keys[n::parts], 1.0) for n in range(min(parts, len(items)))]
+        tokens = sum(block.supervised() for block in dealt)
+        weight = own[0].weight * sum(block.supervised() for block in own) / tokens
+        taken += [replace(block, weight=weight) for block in dealt]
     return taken
 
 

@@ -101,8 +101,8 @@ def influence(
             )
             passed = time.time()
             if config.influence.solver == "exact":
-                curved = shard(curvature_blocks(blocks, len(sample.volumes), config.influence), shards)
-                solved = [ray.get(actors[0][0].exact.remote(shards, curved, actors[0][1:], progress))]
+                curved = shard(curvature_blocks(blocks, len(sample.volumes), config.influence, shards), shards)
+                solved = [ray.get(actors[0][0].exact.remote(curved, actors[0][1:], progress))]
             else:
                 costs = [by_cost(group, shapes, shards) for group in groups]
                 if config.influence.solver == "ekfac":

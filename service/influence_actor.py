@@ -153,16 +153,14 @@ class InfluenceActor:
                 solved[layer] = Solved(products)
         return solved
 
-    def exact(
-        self, shards: int, curved: list[list[int]], others: list[Any], progress: Reporter | None
-    ) -> dict[str, Solved]:
+    def exact(self, curved: list[list[int]], others: list[Any], progress: Reporter | None) -> dict[str, Solved]:
         """Solve the system of all layers together and take all products.
 
         Args:
             curved: curvature blocks of each shard; this actor's first.
             others: the other shards' actors.
         """
-        settings = self.config.influence
+        settings, shards = self.config.influence, len(curved)
         done = 0
 
         def product(vectors: Vectors) -> Vectors:
@@ -171,8 +169,8 @@ class InfluenceActor:
                 progress("conjugate gradients", done, settings.products)
             done += 1
             sent = ray.put({layer: v.cpu() for layer, v in vectors.items()})
-            theirs = [actor.product.remote(sent, part) for actor, part in zip(others, curved[1:], strict=True)]
-            total = self.product(vectors, curved[0])
+            theirs = [actor.product.remote(sent, part, shards) for actor, part in zip(others, curved[1:], strict=True)]
+            total = self.product(vectors, curved[0], shards)
             for part in ray.get(theirs):
                 total = {layer: v + part[layer].to(v.device) for layer, v in total.items()}
             return total
@@ -189,12 +187,12 @@ class InfluenceActor:
             for layer in self.layers
         }
 
-    def product(self, vectors: Vectors, members: list[int]) -> Vectors:
-        """The curvature's product with some vectors, over some of the curvature blocks."""
+    def product(self, vectors: Vectors, members: list[int], shards: int) -> Vectors:
+        """The curvature's product with some vectors, over some of the curvature's blocks, cut for so many shards."""
         if not members:
             return {layer: torch.zeros_like(v) for layer, v in vectors.items()}
         if self.system is None:
-            chosen = curvature_blocks(self.sample.blocks(), len(self.sample.volumes), self.config.influence)
+            chosen = curvature_blocks(self.sample.blocks(), len(self.sample.volumes), self.config.influence, shards)
             model = load_model(self.model, DTYPES[self.config.influence.precision], self.device)
             blocks = [chosen[index] for index in members]
             self.system = GaussNewton(model, self.layers, blocks, self.config.resources.batch_tokens, self.device)

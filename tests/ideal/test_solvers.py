@@ -191,9 +191,11 @@ def test_blocks_of_a_solved_set_add_up_to_it() -> None:
 def test_the_curvatures_examples_stand_for_all() -> None:
     settings = InfluenceConfig(blocks=2, examples=4, curvature_examples=2)
     chosen = curvature_blocks(blocks(), 2, settings)
-    assert [len(block.items) for block in chosen] == [1, 1, 1, 1]
-    for j, weight in enumerate(WEIGHTS):
-        assert sum(b.weight * b.supervised() for b in chosen[2 * j : 2 * j + 2]) == pytest.approx(weight)
+    assert [len(block.items) for block in chosen] == [2, 2]
+    assert [block.weight * block.supervised() for block in chosen] == pytest.approx(WEIGHTS)
+    dealt = curvature_blocks(blocks(), 2, settings, parts=2)
+    assert [len(block.items) for block in dealt] == [1, 1, 1, 1]
+    assert [b.weight for b in dealt] == [b.weight for b in chosen for _ in range(2)]
 
 
 # --- EK-FAC ---
