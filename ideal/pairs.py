@@ -26,9 +26,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ideal.influence import InfluenceTable
+from ideal.influence import Array, InfluenceTable
 
-Array = npt.NDArray[np.float64]
 ROUNDING = 1e-12
 """Differences this small beside the influences themselves are none."""
 

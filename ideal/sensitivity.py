@@ -16,14 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ideal.config import EquilibriumConfig
 from ideal.equilibrium import update
-from ideal.influence import InfluenceTable
+from ideal.influence import Array, InfluenceTable
 from ideal.mixture import seeded
 
-Array = npt.NDArray[np.float64]
 ZERO = 1e-9
 """A β smaller than this is none: it has no sign."""
 

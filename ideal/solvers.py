@@ -119,8 +119,8 @@ def influence_tables(
     gradients = [block.gradients for block in found]
     sizes = [(block.tokens, block.loss) for block in found]
     tokens = np.array([size for size, _ in sizes], float).reshape(-1, settings.blocks)
+    sums_by_set = {layer: set_sums([g[layer] for g in gradients], settings.blocks) for layer in layers}
     for solver in solvers:
-        sums_by_set = {layer: set_sums([g[layer] for g in gradients], settings.blocks) for layer in layers}
         if solver == "exact":
             solved = _exactly(model, layers, sums, sums_by_set, sample, own)
         else:

@@ -29,11 +29,12 @@ from ideal.fidelity import moved
 from ideal.influence import Array, InfluenceTable
 from ideal.model import DTYPES, device, load_model
 from ideal.solvers import Sampled, influence_tables
-from ideal.training import DAMPING, Trainer, mean_loss, train
+from ideal.training import DAMPING, Trainer, train
 from service.cluster import Reservation
-from service.data import MODEL, reference_file, train_file
+from service.data import MODEL, train_file
 from service.influence import TABLE
 from service.progress import Reporter
+from service.reference import losses_of
 from service.sample import Sample
 from service.stages import Record, Stage
 from service.study import Study
@@ -239,11 +240,7 @@ class Retrainer:
         for log in train(trainer, pools, volumes, seed):
             progress(f"loss {log.loss:.3f}", log.step, log.step + 1)
         trainer.model.eval()
-        found = {}
-        for domain in volumes:
-            references = ExampleSet.load(reference_file(self.data, domain))
-            loss, tokens = mean_loss(trainer.model, references, self.device, config.resources.batch_tokens)
-            found[domain] = {"loss": loss, "tokens": tokens}
+        found = losses_of(trainer.model, self.data, volumes, self.device, config.resources.batch_tokens, progress)
         if keep:
             trainer.save_model(keep / MODEL)
             trainer.save_damping(keep)

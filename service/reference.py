@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch import nn
 
 from ideal.config import Config
 from ideal.examples import ExampleSet
@@ -49,10 +51,17 @@ def _losses(
     if where.type == "cpu":
         torch.set_num_threads(cpus)
     model = load_model(model_folder, DTYPES[config.influence.precision], where)
+    return losses_of(model, data, domains, where, config.resources.batch_tokens, progress)
+
+
+def losses_of(
+    model: nn.Module, data: Path, domains: Iterable[str], where: torch.device, batch_tokens: int, progress: Reporter
+) -> dict[str, Any]:
+    """For each domain's reference set: a model's loss (mean per supervised token, nats) and tokens."""
     found = {}
-    for number, domain in enumerate(domains):
-        progress(domain, number, len(domains))
-        examples = ExampleSet.load(reference_file(data, domain))
-        loss, tokens = mean_loss(model, examples, where, config.resources.batch_tokens)
+    names = list(domains)
+    for number, domain in enumerate(names):
+        progress(domain, number, len(names))
+        loss, tokens = mean_loss(model, ExampleSet.load(reference_file(data, domain)), where, batch_tokens)
         found[domain] = {"loss": loss, "tokens": tokens}
     return found

@@ -7,7 +7,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,7 @@ def run(config: Config, console: Console) -> Outcome:
         BadInput: something in it doesn't hold; found before anything is computed, where that can be known.
         StageFailed: a stage broke.
     """
-    started = time.time()
-
-    def notice(line: str) -> None:
-        console.print(f"[yellow]![/] {escape(line)}")
-
+    started, notice = time.time(), _notices(console)
     folder = run_folder(config)
     store = Store(config.root, notice)
     tracker = Tracker(config, run_key(config), folder, notice)
@@ -45,16 +42,8 @@ def run(config: Config, console: Console) -> Outcome:
     if outcome.stopped:
         console.print("every stage of this run is recorded: nothing to do")
     else:
-        check.before_start(config)
-        fresh = not ray.is_initialized()
-        cluster = connect(config)
-        console.print(f"[bold]{config.name}[/] on {cluster.describe()}; stages in {config.root}")
-        try:
-            with Display(console) as display:
-                outcome = Optimisation(config, cluster, store, display, tracker.keep_up).run()
-        finally:
-            if fresh:
-                ray.shutdown()
+        with _started(config, console) as (cluster, display):
+            outcome = Optimisation(config, cluster, store, display, tracker.keep_up).run()
     path = report.write(folder, config, outcome)
     tracker.write(outcome)
     console.print(report.table(outcome))
@@ -71,23 +60,12 @@ def fidelity(config: Config, console: Console) -> dict[str, Any]:
         BadInput: something in the config or the data doesn't hold.
         StageFailed: a stage broke.
     """
-
-    def notice(line: str) -> None:
-        console.print(f"[yellow]![/] {escape(line)}")
-
+    notice = _notices(console)
     folder = config.root / "fidelity" / f"{config.name}-{run_key(config)}"
     store = Store(config.root, notice)
     tracker = Tracker(config, f"fidelity-{run_key(config)}", folder, notice)
-    check.before_start(config)
-    fresh = not ray.is_initialized()
-    cluster = connect(config)
-    console.print(f"[bold]{config.name}[/] on {cluster.describe()}; stages in {config.root}")
-    try:
-        with Display(console) as display:
-            findings = Fidelity(config, cluster, store, display).run()
-    finally:
-        if fresh:
-            ray.shutdown()
+    with _started(config, console) as (cluster, display):
+        findings = Fidelity(config, cluster, store, display).run()
     found = fidelity_report.write(folder, findings, config)
     tracker.write_study(fidelity_report.metrics(found))
     for table in fidelity_report.rich_tables(found):
@@ -95,6 +73,26 @@ def fidelity(config: Config, console: Console) -> dict[str, Any]:
     console.print(f"Report: {folder / 'fidelity.md'}", soft_wrap=True)
     console.print(f"MLflow: {mlflow_command(config)}", soft_wrap=True)
     return found
+
+
+def _notices(console: Console) -> Callable[[str], None]:
+    """How a store and a tracker tell a user something, a line at a time."""
+    return lambda line: console.print(f"[yellow]![/] {escape(line)}")
+
+
+@contextmanager
+def _started(config: Config, console: Console) -> Iterator[tuple[Cluster, Display]]:
+    """A checked config on its cluster; a Ray that was started for it ends with it."""
+    check.before_start(config)
+    fresh = not ray.is_initialized()
+    cluster = connect(config)
+    console.print(f"[bold]{config.name}[/] on {cluster.describe()}; stages in {config.root}")
+    try:
+        with Display(console) as display:
+            yield cluster, display
+    finally:
+        if fresh:
+            ray.shutdown()
 
 
 def sync(config: Config, console: Console) -> bool:
