@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from transformers import AutoConfig
@@ -32,6 +31,7 @@ from ideal.solvers import (
 from service.cluster import Cluster, Reservation
 from service.data import MODEL
 from service.influence_actor import InfluenceActor
+from service.plan import cut
 from service.progress import Reporter
 from service.sample import Sample
 from service.stages import WORK
@@ -63,8 +63,7 @@ def influence(
         BadInput: no layer matches, or no resources in time.
     """
     shapes = layer_shapes(AutoConfig.from_pretrained(checkpoint / MODEL), config.influence.layers)
-    cuts = np.array_split(np.array(list(shapes)), min(layer_blocks, len(shapes)))
-    groups = [[str(layer) for layer in cut] for cut in cuts]
+    groups = [list(part) for part in cut(shapes, layer_blocks)]
     if config.influence.solver == "exact" and len(groups) > 1:
         raise BadInput(
             "resources.layer_blocks",
@@ -92,12 +91,9 @@ def influence(
         ]
         try:
             started = time.time()
-            counted = ray.get(
-                [
-                    actor.accumulate.remote(s, part, progress if number == s == 0 else None)
-                    for number, row in enumerate(actors)
-                    for s, (actor, part) in enumerate(zip(row, parts, strict=True))
-                ]
+            counted = _everywhere(
+                actors,
+                lambda actor, n, s: actor.accumulate.remote(s, parts[s], progress if n == s == 0 else None),
             )
             passed = time.time()
             if config.influence.solver == "exact":
