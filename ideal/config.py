@@ -24,7 +24,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
-Solver = Literal["identity", "adam", "kfac", "ekfac", "exact"]
+Solver = Literal["identity", "adam", "kfac", "ekfac", "exact", "subspace"]
 
 
 class Section(BaseModel):

@@ -10,6 +10,7 @@ of each *set*, and never to the many blocks: their products follow from that (``
 | `kfac` | (S ⊗ A + λ)⁻¹ | gradients and factors, at once |
 | `ekfac` | the same eigenvectors with their right eigenvalues | one more |
 | `exact` | (H + λ)⁻¹, all tracked layers together | one for each step of conjugate gradients and reference set |
+| `subspace` | (H + Λ)⁻¹, all together, within the span of Λ⁻¹ g_r | the gradients, and forward over a few examples |
 
 Training with AdamW for T steps moves a weight along a constant gradient G by Σ_t η_t · G/(√v̂ + ε). So Λ = (√v̂ +
 ε)/Σ_t η_t is the damping that a training run has by itself: (H + Λ)⁻¹ G is where the run ends that follows G from θ
@@ -33,10 +34,13 @@ from ideal.curvature.ekfac import squared_gradients
 from ideal.curvature.exact import GaussNewton, Vectors, conjugate_gradients
 from ideal.curvature.kfac import Eigen, Eigenbasis, curvature, eigenbasis
 from ideal.curvature.layers import input_group
+from ideal.curvature.subspace import corrected, left_over, quadratic_forms
 from ideal.influence import Array, InfluenceTable
 from ideal.model import wide
 
 FACTORED = ("kfac", "ekfac")
+OPTIMISERS = ("adam", "subspace")
+"""Solvers that begin with Λ⁻¹ g."""
 
 
 class LayerSolver(Protocol):
@@ -75,7 +79,7 @@ class Sampled:
     Attributes:
         blocks: every domain's B blocks, one domain after another, then every reference set's.
         domains: how many domains; there are as many reference sets as the other blocks make.
-        damping: Λ by weight, as the SFT saved it; needed by `adam` and by ``damping: schedule``.
+        damping: Λ by weight, as the SFT saved it; needed by `adam`, `subspace` and ``damping: schedule``.
     """
 
     blocks: Sequence[Block]
@@ -133,7 +137,25 @@ def influence_tables(
             for layer in layers
         ]
         tables[solver] = table_of(rows, sizes, sample.domains, settings.blocks)
+        if solver == "subspace":
+            w = _left_over(model, solved, sums_by_set, tokens.sum(1)[sample.domains :], sample)
+            tables[solver] = corrected(tables[solver], w)
     return tables
+
+
+def reference_means(sums: torch.Tensor, tokens: Array) -> torch.Tensor:
+    """[R, d_out, d_in] of the reference sets, per supervised token, from sums over all sets' tokens.
+
+    Args:
+        sums: [sets, d_out, d_in], domains first.
+        tokens: [R] supervised tokens of the reference sets.
+    """
+    return sums[-len(tokens) :] / torch.from_numpy(tokens).to(sums)[:, None, None]
+
+
+def inner(directions: torch.Tensor, gradients: torch.Tensor) -> Array:
+    """[R, R] a layer's part of [⟨u_r, g_s⟩]."""
+    return np.asarray((directions.flatten(1) @ gradients.flatten(1).T).double().cpu().numpy())
 
 
 def needs_factors(solver: str, settings: InfluenceConfig) -> bool:
@@ -223,7 +245,7 @@ def _layer_solver(
     settings: InfluenceConfig,
     own: Mapping[str, torch.Tensor],
 ) -> LayerSolver:
-    if solver == "adam":
+    if solver in OPTIMISERS:
         return Diagonal(own[layer])
     if solver not in FACTORED:
         return Plain()
@@ -292,6 +314,14 @@ def _exactly(
         tolerance=sample.settings.residual,
         limit=sample.settings.products,
     ).vectors
+
+
+def _left_over(model: nn.Module, solved: Vectors, sums: Vectors, tokens: Array, sample: Sampled) -> Array:
+    """[R, R] W of `subspace`, from Λ⁻¹ of the sets' gradients."""
+    directions = {layer: reference_means(x, tokens) for layer, x in solved.items()}
+    own = [inner(x, reference_means(sums[layer], tokens)) for layer, x in directions.items()]
+    curved = curvature_blocks(sample.blocks, sample.domains, sample.settings)
+    return left_over(quadratic_forms(model, directions, curved, sample.batch_tokens, sample.device), np.sum(own, 0))
 
 
 def set_sums(gradients: Iterable[torch.Tensor], blocks: int) -> torch.Tensor:

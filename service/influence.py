@@ -5,7 +5,8 @@ scratch folder, its part of the factors and each data block's gradient. Then the
 its actors by the cost of their eigen-decompositions; each is solved from all shards' files, and only the small table
 of products leaves. More shards share the work of one pass; more layer blocks need less memory in each actor, but
 each passes over the data. `ekfac` passes a second time, in the eigenbases; `exact` knows no layer blocks: its first
-actor runs the conjugate gradients, and all shards compute each curvature product together.
+actor runs the conjugate gradients, and all shards compute each curvature product together. `subspace` ends with a
+forward pass of all layers over a few examples, which all actors share.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from transformers import AutoConfig
@@ -22,12 +24,10 @@ from transformers import AutoConfig
 from ideal.batches import length
 from ideal.config import Config
 from ideal.curvature.layers import input_group, layer_shapes
+from ideal.curvature.subspace import corrected, left_over
 from ideal.errors import BadInput
 from ideal.influence import shard
-from ideal.solvers import (
-    curvature_blocks,
-    table_of,
-)
+from ideal.solvers import curvature_blocks, table_of
 from service.cluster import Cluster, Reservation
 from service.data import MODEL
 from service.influence_actor import InfluenceActor
@@ -108,18 +108,28 @@ def influence(
                     actors,
                     lambda actor, n, s: actor.solve.remote(costs[n][s], shards, progress if n == s == 0 else None),
                 )
+            if config.influence.solver == "subspace":
+                count = len(groups) * shards
+                curved = shard(curvature_blocks(blocks, len(sample.volumes), config.influence, count), count)
+                forms = _everywhere(
+                    actors,
+                    lambda actor, n, s: actor.forms.remote(list(shapes), curved[n * shards + s], count),
+                )
         finally:
             for row in actors:
                 for actor in row:
                     ray.kill(actor)
     tokens = {index: size for part in counted[:shards] for index, size in part.items()}
     layers = {layer: row for part in solved for layer, row in part.items()}
-    table_of(
+    table = table_of(
         [layers[layer].products for layer in shapes],
         [tokens[index] for index in range(len(blocks))],
         len(sample.volumes),
         config.influence.blocks,
-    ).save(folder / TABLE)
+    )
+    if config.influence.solver == "subspace":
+        table = corrected(table, left_over(np.sum(forms, 0), np.sum([layers[layer].own for layer in shapes], 0)))
+    table.save(folder / TABLE)
     return {
         "layers": list(shapes),
         "conditions": {layer: layers[layer].condition for layer in shapes},

@@ -6,6 +6,7 @@
 | `factors-s` | a shard's part of A and S |
 | `basis-layer` | its eigenvectors and eigenvalues, for the second pass (`ekfac`) |
 | `squares-s` | a shard's part of the refined eigenvalues |
+| `directions-layer` | the optimiser's directions, for all layer blocks (`subspace`) |
 """
 
 from __future__ import annotations
@@ -27,18 +28,22 @@ from ideal.curvature.ekfac import squared_gradients
 from ideal.curvature.exact import GaussNewton, Vectors, conjugate_gradients
 from ideal.curvature.kfac import Eigen, Eigenbasis, eigenbasis
 from ideal.curvature.layers import input_group
+from ideal.curvature.subspace import quadratic_forms
 from ideal.influence import Array
 from ideal.model import DTYPES, device, load_model
 from ideal.solvers import (
     FACTORED,
+    OPTIMISERS,
     Diagonal,
     LayerSolver,
     Plain,
     block_products,
     curvature_blocks,
     exact_damping,
+    inner,
     layer_curvature,
     needs_factors,
+    reference_means,
     set_sums,
     with_sets,
 )
@@ -56,12 +61,14 @@ class Solved:
         condition: of its curvature, before damping; 1 for solvers without.
         ridge: what a factor needed on its diagonal to be decomposed, as a multiple of its mean eigenvalue.
         residual: of `exact`, relative, the largest of all sets; 0 for the others.
+        own: [R, R] the layer's part of D, of `subspace`.
     """
 
     products: Array
     condition: float = 1.0
     ridge: float = 0.0
     residual: float = 0.0
+    own: Array | None = None
 
 
 @ray.remote
@@ -72,6 +79,7 @@ class InfluenceActor:
         self.model, self.sample, self.layers, self.scratch, self.config = model, sample, layers, scratch, config
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.system: GaussNewton | None = None
+        self.tokens: Array | None = None
         self.device = device()
         if self.device.type == "cpu":
             torch.set_num_threads(1)
@@ -146,12 +154,42 @@ class InfluenceActor:
             if progress:
                 progress(f"solve: {layer}", number, len(layers))
             solver = self._layer_solver(layer, shards, bases)
-            products = self._products(layer, solver.solve(self._set_sums(layer)))
+            sums = self._set_sums(layer)
+            found = solver.solve(sums)
+            products = self._products(layer, found)
             if isinstance(solver, Eigen):
                 solved[layer] = Solved(products, solver.condition, solver.ridge)
+            elif self.config.influence.solver == "subspace":
+                solved[layer] = Solved(products, own=self._keep_directions(layer, found, sums))
             else:
                 solved[layer] = Solved(products)
         return solved
+
+    def _keep_directions(self, layer: str, solved: torch.Tensor, sums: torch.Tensor) -> Array:
+        """Write u_r of a layer, for all actors' forward passes; the layer's part of D."""
+        counts = self._tokens().sum(1)[len(self.sample.volumes) :]
+        directions = reference_means(solved, counts)
+        own = inner(directions, reference_means(sums, counts))
+        save_file({layer: directions.to(DTYPES[self.config.influence.precision]).cpu()}, self._direction(layer))
+        return own
+
+    def forms(self, layers: list[str], members: list[int], parts: int) -> Array:
+        """[R, R] UᵀHU over some of the curvature's blocks, cut in so many parts; once all layers are solved.
+
+        Args:
+            layers: of all layer blocks.
+        """
+        settings, sets = self.config.influence, len(self.sample.volumes)
+        if not members:
+            return np.zeros((sets, sets))
+        chosen = curvature_blocks(self.sample.blocks(), sets, settings, parts)
+        return quadratic_forms(
+            load_model(self.model, DTYPES[settings.precision], self.device),
+            {layer: read_tensor(self._direction(layer), layer, self.device) for layer in layers},
+            [chosen[index] for index in members],
+            self.config.resources.batch_tokens,
+            self.device,
+        )
 
     def exact(self, curved: list[list[int]], others: list[Any], progress: Reporter | None) -> dict[str, Solved]:
         """Solve the system of all layers together and take all products.
@@ -200,7 +238,7 @@ class InfluenceActor:
 
     def _layer_solver(self, layer: str, shards: int, bases: dict[str, Eigenbasis]) -> LayerSolver:
         settings = self.config.influence
-        if settings.solver == "adam":
+        if settings.solver in OPTIMISERS:
             return Diagonal(self._own(layer))
         if settings.solver not in FACTORED:
             return Plain()
@@ -261,9 +299,15 @@ class InfluenceActor:
 
     def _products(self, layer: str, solved: torch.Tensor) -> Array:
         """[domain blocks, reference blocks]"""
-        tokens = np.array([float(block.supervised()) for block in self.sample.blocks()])
         found = with_sets(solved, self._gradients(layer))
-        return block_products(found, tokens.reshape(-1, self.config.influence.blocks), len(self.sample.volumes))
+        return block_products(found, self._tokens(), len(self.sample.volumes))
+
+    def _tokens(self) -> Array:
+        """[sets, B] supervised tokens; the examples are read once."""
+        if self.tokens is None:
+            counts = [float(block.supervised()) for block in self.sample.blocks()]
+            self.tokens = np.array(counts).reshape(-1, self.config.influence.blocks)
+        return self.tokens
 
     def _total(self, kind: str, name: str, shards: int) -> torch.Tensor:
         """The sum of a tensor over all shards' files."""
@@ -271,6 +315,9 @@ class InfluenceActor:
 
     def _file(self, name: str) -> Path:
         return self.scratch / f"{name}.safetensors"
+
+    def _direction(self, layer: str) -> Path:
+        return self.scratch.parent / f"directions-{layer}.safetensors"
 
     def _read(self, file: str, name: str) -> torch.Tensor:
         return read_tensor(self._file(file), name, self.device)

@@ -63,7 +63,7 @@ class GaussNewton:
         weights = {layer: w.detach().requires_grad_() for layer, w in self.weights.items()}
         with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
             duals = {f"model.{x}.weight": forward_ad.make_dual(w, vector[x].to(w)) for x, w in weights.items()}  # type: ignore[no-untyped-call]
-            dual = functional_call(_Logits(self.model), duals, (batch,))
+            dual = functional_call(Logits(self.model), duals, (batch,))
             logits, moved = forward_ad.unpack_dual(dual)  # type: ignore[no-untyped-call]
             p = logits.detach().softmax(-1)
             tangent = p * (moved.detach() - (p * moved.detach()).sum(-1, keepdim=True))
@@ -71,7 +71,7 @@ class GaussNewton:
         return dict(zip(weights, gradients, strict=True))
 
 
-class _Logits(nn.Module):
+class Logits(nn.Module):
     """The supervised logits as a module's forward, which ``functional_call`` can give other weights."""
 
     def __init__(self, model: nn.Module) -> None:

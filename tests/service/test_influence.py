@@ -132,17 +132,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("solver", ["identity", "adam", "ekfac", "exact"])
+@pytest.mark.parametrize(
+    ("solver", "layer_blocks"),
+    [("identity", 1), ("adam", 1), ("ekfac", 1), ("exact", 1), ("subspace", 1), ("subspace", 2)],
+)
 @pytest.mark.usefixtures("ray_session")
 def test_every_solver_says_on_workers_what_it_says_in_one_process(
-    tmp_path: Path, settings: Config, checkpoint: Path, data: Path, solver: str
+    tmp_path: Path, settings: Config, checkpoint: Path, data: Path, solver: str, layer_blocks: int
 ) -> None:
     asked = {"solver": solver, "damping": "schedule" if solver == "exact" else 0.1, "curvature_examples": 4}
     tight = {"products": 30, "residual": 1e-4}
     config = settings.model_copy(
         update={"influence": InfluenceConfig.model_validate(settings.influence.model_dump() | asked | tight)}
     )
-    result = on_ray(tmp_path, config, checkpoint, data, 2, 1)
+    result = on_ray(tmp_path, config, checkpoint, data, 2, layer_blocks)
     sampled = Sampled(
         sample(config, data).blocks(),
         len(VOLUMES),
