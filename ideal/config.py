@@ -182,21 +182,22 @@ class InfluenceConfig(Section):
     """How each domain moves each reference loss at θ_t."""
 
     solver: Solver = Field(
-        "kfac",
-        description="`kfac`, `ekfac`: inverse Kronecker-factored curvature, layer by layer. `exact`: the curvature of "
-        "all tracked layers together, by conjugate gradients. `adam`: the optimiser's own diagonal. `identity`: plain "
-        "gradient products. What each is worth: `ideal fidelity`.",
+        "subspace",
+        description="`subspace`: the curvature of all tracked layers together, where the optimiser goes along the "
+        "reference sets. `exact`: all of it, by conjugate gradients. `kfac`, `ekfac`: Kronecker factors, layer by "
+        "layer. `adam`: the optimiser's own diagonal. `identity`: plain gradient products. What each is worth: "
+        "`ideal fidelity`.",
     )
     fisher: Literal["sampled", "empirical"] = Field(
         "sampled", description="Labels of the factors' gradients: drawn from the model, or the data's."
     )
     damping: Annotated[float, Field(gt=0)] | Literal["schedule"] = Field(
         0.1,
-        description="λ as a multiple of a layer's mean eigenvalue, or `schedule`: what AdamW's own steps damp with, "
-        "(√v̂ + ε) / (sum of learning rates).",
+        description="Of `kfac`, `ekfac`, `exact`: λ as a multiple of a layer's mean eigenvalue, or `schedule`, what "
+        "AdamW's own steps damp with: (√v̂ + ε) / (sum of learning rates). `subspace` and `adam` always have that.",
     )
     curvature_examples: PositiveInt = Field(
-        16, description="Examples of each domain, of those in the sample, that `exact` takes its curvature from."
+        16, description="Examples of each domain in the sample that `subspace` and `exact` see curvature on."
     )
     products: PositiveInt = Field(
         8, description="Most curvature products of `exact` for each reference set; fewer leave a larger residual."
@@ -259,6 +260,7 @@ class FidelityConfig(Section):
         {
             "identity": {"solver": "identity"},
             "adam": {"solver": "adam"},
+            "subspace": {"solver": "subspace"},
             "kfac": {"solver": "kfac", "damping": 0.1},
             "ekfac": {"solver": "ekfac", "damping": 0.1},
             "exact": {"solver": "exact", "damping": "schedule"},

@@ -321,7 +321,15 @@ def _left_over(model: nn.Module, solved: Vectors, sums: Vectors, tokens: Array, 
     directions = {layer: reference_means(x, tokens) for layer, x in solved.items()}
     own = [inner(x, reference_means(sums[layer], tokens)) for layer, x in directions.items()]
     curved = curvature_blocks(sample.blocks, sample.domains, sample.settings)
-    return left_over(quadratic_forms(model, directions, curved, sample.batch_tokens, sample.device), np.sum(own, 0))
+    forms = quadratic_forms(
+        model,
+        lambda r: {layer: u[r] for layer, u in directions.items()},
+        len(tokens),
+        curved,
+        sample.batch_tokens,
+        sample.device,
+    )
+    return left_over(forms, np.sum(own, 0))
 
 
 def set_sums(gradients: Iterable[torch.Tensor], blocks: int) -> torch.Tensor:

@@ -223,12 +223,15 @@ def seconds(
     exchange = 2 * 4 * sizes.parameters / together.link if machine.sft_workers > 1 else 0
     reference = work.reference * work.tokens
     sample = sum(min(config.influence.examples, volume) for volume in work.volumes) * work.tokens
-    exact = config.influence.solver == "exact"
+    solver = config.influence.solver
+    solve = max(_solve(config, part, shards, alone) for part in parts)
+    if solver == "subspace":
+        solve += _forms(config, sizes, work, shards * len(parts), alone)
     return Seconds(
         multiplied / (machine.sft_workers * together.model) + steps * (update + exchange),
         reference * 2 * (sizes.body + sizes.head) / together.model,
         max(_pass(config, sizes, part, sample / shards, reference / shards, alone) for part in parts),
-        _exact(config, sizes, work, shards, alone) if exact else max(_solve(config, p, shards, alone) for p in parts),
+        _exact(config, sizes, work, shards, alone) if solver == "exact" else solve,
     )
 
 
@@ -269,11 +272,20 @@ def _solve(config: Config, layers: Layers, shards: int, rates: Rates) -> float:
 def _exact(config: Config, sizes: Sizes, work: Work, shards: int, rates: Rates) -> float:
     """Seconds of conjugate gradients that use all their products: each is a forward pass with tangents and a backward
     pass over the curvature's examples, for every set."""
+    one = _curvature_tokens(config, work) / shards * 4 * 2 * (sizes.body + sizes.head)
+    return config.influence.products * 2 * len(config.domains) * one / rates.model
+
+
+def _forms(config: Config, sizes: Sizes, work: Work, actors: int, rates: Rates) -> float:
+    """Seconds of a forward pass over the curvature's examples with a tangent, twice its work, for every direction."""
+    passes = 1 + 2 * len(config.domains)
+    return _curvature_tokens(config, work) / actors * passes * 2 * (sizes.body + sizes.head) / rates.model
+
+
+def _curvature_tokens(config: Config, work: Work) -> int:
     settings = config.influence
     examples = sum(min(settings.curvature_examples, settings.examples, volume) for volume in work.volumes)
-    forward = 2 * (sizes.body + sizes.head)
-    one = examples * work.tokens / shards * (2 * forward + 2 * forward)
-    return settings.products * 2 * len(config.domains) * one / rates.model
+    return examples * work.tokens
 
 
 def calibrate(config: Config, shapes: PretrainedConfig, threads: int) -> Rates:

@@ -153,25 +153,26 @@ class InfluenceActor:
         for number, layer in enumerate(layers):
             if progress:
                 progress(f"solve: {layer}", number, len(layers))
-            solver = self._layer_solver(layer, shards, bases)
-            sums = self._set_sums(layer)
-            found = solver.solve(sums)
-            products = self._products(layer, found)
-            if isinstance(solver, Eigen):
-                solved[layer] = Solved(products, solver.condition, solver.ridge)
-            elif self.config.influence.solver == "subspace":
-                solved[layer] = Solved(products, own=self._keep_directions(layer, found, sums))
-            else:
-                solved[layer] = Solved(products)
+            solved[layer] = self._solved(layer, self._layer_solver(layer, shards, bases))
         return solved
 
+    def _solved(self, layer: str, solver: LayerSolver) -> Solved:
+        sums = self._set_sums(layer)
+        found = solver.solve(sums)
+        own = self._keep_directions(layer, found, sums) if self.config.influence.solver == "subspace" else None
+        del sums
+        products = self._products(layer, found)
+        if isinstance(solver, Eigen):
+            return Solved(products, solver.condition, solver.ridge)
+        return Solved(products, own=own)
+
     def _keep_directions(self, layer: str, solved: torch.Tensor, sums: torch.Tensor) -> Array:
-        """Write u_r of a layer, for all actors' forward passes; the layer's part of D."""
+        """Write a layer's u_r, for all actors' forward passes; the layer's part of D."""
         counts = self._tokens().sum(1)[len(self.sample.volumes) :]
         directions = reference_means(solved, counts)
-        own = inner(directions, reference_means(sums, counts))
-        save_file({layer: directions.to(DTYPES[self.config.influence.precision]).cpu()}, self._direction(layer))
-        return own
+        kept = directions.to(DTYPES[self.config.influence.precision]).cpu()
+        save_file({str(r): u.clone() for r, u in enumerate(kept)}, self._direction(layer))
+        return inner(directions, reference_means(sums, counts))
 
     def forms(self, layers: list[str], members: list[int], parts: int) -> Array:
         """[R, R] UᵀHU over some of the curvature's blocks, cut in so many parts; once all layers are solved.
@@ -185,7 +186,8 @@ class InfluenceActor:
         chosen = curvature_blocks(self.sample.blocks(), sets, settings, parts)
         return quadratic_forms(
             load_model(self.model, DTYPES[settings.precision], self.device),
-            {layer: read_tensor(self._direction(layer), layer, self.device) for layer in layers},
+            lambda r: {layer: read_tensor(self._direction(layer), str(r), self.device) for layer in layers},
+            sets,
             [chosen[index] for index in members],
             self.config.resources.batch_tokens,
             self.device,

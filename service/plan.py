@@ -6,8 +6,9 @@ Each worker at its fullest; V is the vocabulary, T a forward pass's supervised t
   and its gradient in fp32 (12 T V).
 - Influence's pass: parameters in w; the layers' factors and one block's gradient in fp32; activations above the lowest
   tracked layer; two sets of output gradients; logits, and in fp64 the distribution that labels are drawn from (28 T V).
-- Influence's solve: one eigen-decomposition in fp64; then all sets' gradients of one layer, three times. `exact`
-  instead holds all layers', seven times (the vectors of conjugate gradients), beside a pass of its own.
+- Influence's solve: all sets' gradients of one layer, three times; with `kfac` and `ekfac` one eigen-decomposition
+  in fp64. `subspace` then takes a direction of all layers at a time, in w, through a forward pass with tangents, whose
+  logits' it keeps; `exact` holds all layers' gradients, seven times (the vectors of conjugate gradients), and a pass.
 
 Batches are taken to be full and half of their tokens supervised. Left out are what Python and its libraries hold (0.5
 to 1 GiB, in the machine's memory), and what an allocator keeps of freed memory. The test holds the formulas against
@@ -28,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from ideal.config import Config
 from ideal.curvature.layers import input_group, layer_shapes
 from ideal.errors import BadInput
-from ideal.solvers import needs_factors
+from ideal.solvers import FACTORED, needs_factors
 from service.cluster import Cluster
 
 GIB = 2**30
@@ -50,6 +51,9 @@ SAMPLED_LOGIT = 28
 PLAIN_LOGIT = 16
 """Bytes of each logit in a pass that draws no labels: as in SFT, and the logits themselves."""
 
+TANGENT_LOGIT = 8
+"""Bytes of each logit's tangent along each direction: by itself, and beside the others."""
+
 VECTORS = 7
 """Copies of every set's gradient that conjugate gradients hold: solution, residual, direction, their updates."""
 
@@ -67,6 +71,7 @@ class Sizes:
         head: elements of the product with the vocabulary.
         vocabularies: matrices of that size: 1 where input and output share theirs, else 2.
         body: elements of all other matrices that tokens are multiplied with.
+        heads: of attention.
         attention: width of all heads together.
         inner: width of the MLP.
         tracked: (d_out, d_in) of the tracked layers.
@@ -78,6 +83,7 @@ class Sizes:
     body: int
     layers: int
     hidden: int
+    heads: int
     attention: int
     inner: int
     vocabulary: int
@@ -104,6 +110,7 @@ class Sizes:
             parameters - head * matrices,
             shapes.num_hidden_layers,
             shapes.hidden_size,
+            heads,
             heads * (getattr(shapes, "head_dim", None) or shapes.hidden_size // heads),
             getattr(shapes, "intermediate_size", None) or 4 * shapes.hidden_size,
             shapes.vocab_size,
@@ -169,7 +176,7 @@ def plan(config: Config, shapes: PretrainedConfig, cluster: Cluster, device_memo
         device_memory: bytes of one worker's device or share of the machine. Default: this machine's.
 
     Raises:
-        BadInput: SFT, influence's pass in any number of layer blocks, or a single layer's solve doesn't fit.
+        BadInput: SFT, influence's pass in any number of layer blocks, or its solve doesn't fit.
     """
     found = estimate(config, shapes, cluster, device_memory)
     if not found.sft_fits:
@@ -182,8 +189,9 @@ def plan(config: Config, shapes: PretrainedConfig, cluster: Cluster, device_memo
     if found.influence_solve > found.available:
         raise BadInput(
             "influence.layers",
-            f"solving one layer needs {found.influence_solve / GIB:.1f} GiB, {found.available / GIB:.1f} GiB are there",
-            "lower influence.blocks, track smaller layers, or use a larger device",
+            f"the solve needs {found.influence_solve / GIB:.1f} GiB in each worker, which has "
+            f"{found.available / GIB:.1f} GiB",
+            "track fewer or smaller layers, lower resources.batch_tokens, take solver `kfac`, or use a larger device",
         )
     if found.influence_pass > found.available and not config.resources.layer_blocks:
         raise BadInput(
@@ -308,19 +316,33 @@ def pass_memory(config: Config, sizes: Sizes, blocks: int, supervised: float) ->
 
 
 def solve_memory(config: Config, sizes: Sizes, supervised: float) -> int:
-    """Bytes of an influence actor at its most expensive layer, or with `exact` at all of them."""
+    """Bytes of an influence actor at its most expensive layer, or with `subspace` and `exact` at all of them."""
     sets = 2 * len(config.domains)
+    tracked = sum(rows * columns for rows, columns in sizes.tracked.values())
     if config.influence.solver == "exact":
-        tracked = sum(rows * columns for rows, columns in sizes.tracked.values())
         return pass_memory(config, sizes, 1, supervised) + 4 * VECTORS * sets * tracked
 
     def of_layer(rows: int, columns: int) -> int:
         products = 4 * 3 * sets * rows * columns
-        if not needs_factors(config.influence.solver, config.influence):
+        if config.influence.solver not in FACTORED:
             return products
         wider, other = max(rows, columns), min(rows, columns)
         last = 4 * (rows * rows + columns * columns + rows * columns)  # the layer's before it, or its own, in fp32
         decomposing = 36 * wider * wider + 8 * other * other  # LAPACK's workspace is two matrices in fp64
         return last + max(decomposing, products + 8 * (rows * rows + columns * columns))
 
-    return max(of_layer(rows, columns) for rows, columns in sizes.tracked.values())
+    layer = max(of_layer(rows, columns) for rows, columns in sizes.tracked.values())
+    together = forms_memory(config, sizes, supervised) if config.influence.solver == "subspace" else 0
+    return max(layer, together)
+
+
+def forms_memory(config: Config, sizes: Sizes, supervised: float) -> int:
+    """Bytes of an influence actor as it takes the curvature along every direction (`subspace`)."""
+    width, directions = WIDTH[config.influence.precision], len(config.domains)
+    tracked = sum(rows * columns for rows, columns in sizes.tracked.values())
+    tokens = max(config.resources.batch_tokens // directions, config.model.max_tokens)
+    scores = 2 * 3 * 4 * sizes.heads * min(tokens, config.model.max_tokens) * tokens  # attention keeps all, twice
+    logits = int(tokens * supervised) * sizes.vocabulary * (TANGENT_LOGIT * directions + PLAIN_LOGIT)
+    logits += width * sizes.head  # CPU libraries reorder it
+    layer = 2 * tokens * (4 * sizes.hidden + 3 * width * sizes.inner)
+    return width * (sizes.parameters + tracked) + max(logits, scores + layer)

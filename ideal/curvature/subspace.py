@@ -17,62 +17,62 @@ UᵀHU needs no backward pass: with logits z, softmax p, and tangents J u = ∂z
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import nn
-from torch.func import functional_call, jvp, vmap
+from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ideal.batches import Batch, batches
 from ideal.curvature.accumulate import Block
-from ideal.curvature.exact import Logits, Vectors
+from ideal.curvature.exact import Logits
 from ideal.influence import Array, InfluenceTable
 from ideal.model import wide
 
 
 def quadratic_forms(
-    model: nn.Module, directions: Vectors, blocks: Sequence[Block], batch_tokens: int, device: torch.device
+    model: nn.Module,
+    direction: Callable[[int], Mapping[str, torch.Tensor]],
+    count: int,
+    blocks: Sequence[Block],
+    batch_tokens: int,
+    device: torch.device,
 ) -> Array:
     """[R, R] UᵀHU over a sample; parts of a sample add up.
 
     Args:
-        directions: [R, d_out, d_in] u_r by layer.
+        direction: u_r by layer, [d_out, d_in]; asked for again in every batch, so that one is held at a time.
+        count: R.
         blocks: those with weight enter.
         batch_tokens: in a forward pass, the tangents of all directions counted.
     """
     logits = Logits(model.requires_grad_(False))
-    weights = {f"model.{layer}.weight": model.get_parameter(f"{layer}.weight").detach() for layer in directions}
-    u = {f"model.{layer}.weight": part.to(weights[f"model.{layer}.weight"]) for layer, part in directions.items()}
-    count = len(next(iter(u.values())))
     total = torch.zeros(count, count, dtype=torch.float64, device=device)
     for block in blocks:
         if not block.weight > 0:
             continue
         for _, batch in batches(block.items, max(1, batch_tokens // count)):
-            rows = _centred_tangents(logits, weights, u, batch.to(device)).flatten(1)
+            moved = batch.to(device)
+            rows = torch.stack([_centred_tangents(logits, direction(r), moved).flatten() for r in range(count)])
             total += block.weight * (rows @ rows.T).double()
     return np.asarray(total.cpu().numpy())
 
 
-def _centred_tangents(
-    logits: Logits, weights: dict[str, torch.Tensor], u: dict[str, torch.Tensor], batch: Batch
-) -> torch.Tensor:
-    """[R, s, V] √p (J u − E_p J u) at each supervised position: their products are the covariances."""
+def _centred_tangents(logits: Logits, direction: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+    """[s, V] √p (J u − E_p J u) at each supervised position: products of two are covariances."""
+    weights = {f"model.{layer}.weight": logits.model.get_parameter(f"{layer}.weight").detach() for layer in direction}
+    u = {f"model.{layer}.weight": part.to(weights[f"model.{layer}.weight"]) for layer, part in direction.items()}
 
     def at(values: dict[str, torch.Tensor]) -> torch.Tensor:
         found: torch.Tensor = functional_call(logits, values, (batch,))
-        return wide(found)
-
-    def along(direction: dict[str, torch.Tensor]) -> torch.Tensor:
-        tangent: torch.Tensor = jvp(at, (weights,), (direction,))[1]
-        return tangent
+        return found
 
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        tangents = vmap(along)(u)
-        p = at(weights).softmax(-1)
-    return (tangents - (tangents * p).sum(-1, keepdim=True)) * p.sqrt()
+        found = jvp(at, (weights,), (u,))
+        p, tangent = wide(found[0]).softmax(-1), wide(found[1])
+        return tangent.sub_((tangent * p).sum(-1, keepdim=True)).mul_(p.sqrt_())
 
 
 def left_over(forms: Array, own: Array) -> Array:

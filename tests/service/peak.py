@@ -31,14 +31,16 @@ STAGES = ("sft", "pass", "solve")
 
 
 def main(folders: list[Path]) -> None:
+    """As the module says; SFT, which doesn't depend on the solver, of a folder's `kfac` only."""
     for folder in folders:
-        for stage in STAGES:
+        config = Config.model_validate_json((folder / "config.json").read_text())
+        for stage in STAGES if config.influence.solver == "kfac" else STAGES[1:]:
             if os.fork():
                 _, status = os.wait()
                 if status:
                     sys.exit(f"{stage} in {folder} failed")
             else:
-                print(measured(stage, folder, Config.model_validate_json((folder / "config.json").read_text())))
+                print(measured(stage, folder, config))
                 sys.stdout.flush()
                 os._exit(0)
 
@@ -67,8 +69,11 @@ def work(stage: str, folder: Path, config: Config) -> None:
     actor = InfluenceActor.__ray_metadata__.modified_class(folder / MODEL, sample, layers, folder / "work", config)
     if stage == "pass":
         actor.accumulate(0, list(range(len(sample.blocks()))), None)
-    else:
+    elif config.influence.solver == "kfac":
         actor.solve(layers[-3:], 1, None)  # one layer's gate, up and down
+    else:
+        actor.solve(layers, 1, None)
+        actor.forms(layers, [0], 1)
 
 
 def warm_up(config: Config) -> None:

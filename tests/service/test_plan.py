@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from ideal.chat import Example
 from ideal.config import Config, load
+from ideal.curvature.layers import layer_shapes
 from ideal.errors import BadInput
 from ideal.examples import ExampleSet
+from ideal.training import DAMPING
 from service.cluster import Cluster
 from service.data import MODEL, reference_file, train_file
 from service.plan import GIB, Plan, estimate, layer_blocks, plan
@@ -32,9 +36,10 @@ def shapes(base: Path) -> PretrainedConfig:
 
 
 def small(config: Config, **resources: int) -> Config:
-    """Next to no activations, so that the factors decide."""
+    """Next to no activations, so that `kfac`'s factors decide."""
     return config.model_copy(
         update={
+            "influence": config.influence.model_copy(update={"solver": "kfac"}),
             "model": config.model.model_copy(update={"max_tokens": 1}),
             "resources": config.resources.model_copy(update={"batch_tokens": 1, **resources}),
         }
@@ -120,8 +125,8 @@ def test_memory_is_within_15_percent_of_what_is_measured(tmp_path: Path) -> None
     The allocator is told to give freed memory back, as it does by itself with a larger model's matrices (32 MiB).
     """
     predicted, folders = [], []
-    for number, (hidden, inner, layers, tokens, settings) in enumerate(SIZES):
-        folder = tmp_path / str(number)
+    for (hidden, inner, layers, tokens, settings), solver in product(SIZES, ("kfac", "subspace")):
+        folder = tmp_path / str(len(folders))
         made = LlamaConfig(
             vocab_size=16_000,
             hidden_size=hidden,
@@ -133,9 +138,12 @@ def test_memory_is_within_15_percent_of_what_is_measured(tmp_path: Path) -> None
             dtype="bfloat16",
         )
         LlamaForCausalLM(made).to(torch.bfloat16).save_pretrained(folder / MODEL)
-        config = full_batches(folder, tokens, settings)
+        config = full_batches(folder, tokens, {**settings, "influence.solver": solver})
+        save_file(
+            {f"{x}.weight": torch.ones(shape) for x, shape in layer_shapes(made, ["*"]).items()}, folder / DAMPING
+        )
         found = estimate(config, made, CLUSTER, 64 * GIB, supervised=1.0)
-        predicted += [found.sft, found.influence_pass, found.influence_solve]
+        predicted += [found.sft] * (solver == "kfac") + [found.influence_pass, found.influence_solve]
         folders.append(str(folder))
     done = subprocess.run(
         [sys.executable, "-m", "tests.service.peak", *folders],

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from ideal.curvature.accumulate import Block
 from ideal.curvature.subspace import corrected, left_over, quadratic_forms
 from ideal.influence import Array, InfluenceTable
 from tests.ideal.dense import (
@@ -33,9 +34,13 @@ def model() -> LlamaForCausalLM:
 @pytest.mark.parametrize("batch_tokens", [1, 40, 10**6])
 def test_forms_are_the_dense_matrixs(model: LlamaForCausalLM, batch_tokens: int) -> None:
     u = random_vectors(model, 3, 1)
-    found = quadratic_forms(model, u, blocks(), batch_tokens, CPU)
+
+    def forms(part: list[Block]) -> Array:
+        return quadratic_forms(model, lambda r: {x: v[r] for x, v in u.items()}, 3, part, batch_tokens, CPU)
+
+    found = forms(blocks())
     np.testing.assert_allclose(found, (flat(u) @ dense_gauss_newton(model) @ flat(u).T).numpy(), rtol=1e-9)
-    parts = [quadratic_forms(model, u, part, batch_tokens, CPU) for part in (blocks()[:1], blocks()[1:])]
+    parts = [forms(part) for part in (blocks()[:1], blocks()[1:])]
     np.testing.assert_allclose(sum(parts), found)
 
 
