@@ -24,7 +24,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
-Solver = Literal["identity", "adam", "kfac", "ekfac", "exact", "subspace"]
+Solver = Literal["identity", "adam", "kfac", "ekfac", "exact"]
 
 
 class Section(BaseModel):
@@ -182,22 +182,31 @@ class InfluenceConfig(Section):
     """How each domain moves each reference loss at θ_t."""
 
     solver: Solver = Field(
-        "subspace",
-        description="`subspace`: the curvature of all tracked layers together, where the optimiser goes along the "
-        "reference sets. `exact`: all of it, by conjugate gradients. `kfac`, `ekfac`: Kronecker factors, layer by "
-        "layer. `adam`: the optimiser's own diagonal. `identity`: plain gradient products. What each is worth: "
-        "`ideal fidelity`.",
+        "kfac",
+        description="`kfac`, `ekfac`: inverse Kronecker-factored curvature, layer by layer. `exact`: the curvature of "
+        "all tracked layers together, by conjugate gradients. `adam`: the optimiser's own diagonal. `identity`: plain "
+        "gradient products. What each is worth: `ideal fidelity`.",
+    )
+    joint: bool = Field(
+        True, description="Combine the layers' solutions anew, under the curvature of all of them together."
+    )
+    averaged: float = Field(
+        0.67,
+        ge=0,
+        le=1,
+        description="Influence is computed at the mean of SFT's weights after this share of its steps, the last ones, "
+        "where their noise has gone; 0: at the trained model itself.",
     )
     fisher: Literal["sampled", "empirical"] = Field(
         "sampled", description="Labels of the factors' gradients: drawn from the model, or the data's."
     )
     damping: Annotated[float, Field(gt=0)] | Literal["schedule"] = Field(
-        0.1,
-        description="Of `kfac`, `ekfac`, `exact`: λ as a multiple of a layer's mean eigenvalue, or `schedule`, what "
-        "AdamW's own steps damp with: (√v̂ + ε) / (sum of learning rates). `subspace` and `adam` always have that.",
+        1.0,
+        description="λ as a multiple of a layer's mean eigenvalue, or `schedule`: what AdamW's own steps damp with, "
+        "(√v̂ + ε) / (sum of learning rates).",
     )
     curvature_examples: PositiveInt = Field(
-        16, description="Examples of each domain in the sample that `subspace` and `exact` see curvature on."
+        8, description="Examples of each domain in the sample that `joint` and `exact` see the curvature on."
     )
     products: PositiveInt = Field(
         8, description="Most curvature products of `exact` for each reference set; fewer leave a larger residual."
@@ -258,11 +267,11 @@ class FidelityConfig(Section):
     )
     solvers: dict[Name, dict[str, Any]] = Field(
         {
-            "identity": {"solver": "identity"},
-            "adam": {"solver": "adam"},
-            "subspace": {"solver": "subspace"},
-            "kfac": {"solver": "kfac", "damping": 0.1},
-            "ekfac": {"solver": "ekfac", "damping": 0.1},
+            "identity": {"solver": "identity", "joint": False},
+            "adam": {"solver": "adam", "joint": False},
+            "kfac": {"solver": "kfac", "joint": False, "damping": 0.1},
+            "ekfac": {"solver": "ekfac", "joint": False, "damping": 0.1},
+            "joint": {"solver": "kfac", "joint": True, "damping": 1.0},
             "exact": {"solver": "exact", "damping": "schedule"},
         },
         min_length=1,

@@ -10,12 +10,14 @@ of each *set*, and never to the many blocks: their products follow from that (``
 | `kfac` | (S ⊗ A + λ)⁻¹ | gradients and factors, at once |
 | `ekfac` | the same eigenvectors with their right eigenvalues | one more |
 | `exact` | (H + λ)⁻¹, all tracked layers together | one for each step of conjugate gradients and reference set |
-| `subspace` | (H + Λ)⁻¹, all together, within the span of Λ⁻¹ g_r | the gradients, and forward over a few examples |
 
 Training with AdamW for T steps moves a weight along a constant gradient G by Σ_t η_t · G/(√v̂ + ε). So Λ = (√v̂ +
 ε)/Σ_t η_t is the damping that a training run has by itself: (H + Λ)⁻¹ G is where the run ends that follows G from θ
 within a quadratic (a proximal step), Λ⁻¹ G where H is small against Λ, H⁻¹ G where it is large. With ``damping:
 schedule`` `exact` takes Λ as it is; `kfac` and `ekfac`, which need one number, take a layer's harmonic mean of it.
+
+All but `exact` go layer by layer. With ``joint`` their solutions are combined anew under the curvature of all layers
+together and Λ (``ideal.curvature.joint``), which takes forward passes over a few examples.
 """
 
 from __future__ import annotations
@@ -32,15 +34,13 @@ from ideal.config import InfluenceConfig
 from ideal.curvature.accumulate import Block, BlockGradient, FactorSums, accumulate
 from ideal.curvature.ekfac import squared_gradients
 from ideal.curvature.exact import GaussNewton, Vectors, conjugate_gradients
+from ideal.curvature.joint import combination, damping_forms, quadratic_forms
 from ideal.curvature.kfac import Eigen, Eigenbasis, curvature, eigenbasis
 from ideal.curvature.layers import input_group
-from ideal.curvature.subspace import corrected, left_over, quadratic_forms
 from ideal.influence import Array, InfluenceTable
 from ideal.model import wide
 
 FACTORED = ("kfac", "ekfac")
-OPTIMISERS = ("adam", "subspace")
-"""Solvers that begin with Λ⁻¹ g."""
 
 
 class LayerSolver(Protocol):
@@ -79,7 +79,7 @@ class Sampled:
     Attributes:
         blocks: every domain's B blocks, one domain after another, then every reference set's.
         domains: how many domains; there are as many reference sets as the other blocks make.
-        damping: Λ by weight, as the SFT saved it; needed by `adam`, `subspace` and ``damping: schedule``.
+        damping: Λ by weight, as the SFT saved it; needed by `adam`, ``joint`` and ``damping: schedule``.
     """
 
     blocks: Sequence[Block]
@@ -132,30 +132,18 @@ def influence_tables(
                 layer: _layer_solver(solver, layer, bases, refined, sums, settings, own).solve(sums_by_set[layer])
                 for layer in layers
             }
-        rows = [
-            block_products(with_sets(solved[layer], (g[layer] for g in gradients)), tokens, sample.domains)
-            for layer in layers
-        ]
+        products = {layer: with_sets(solved[layer], (g[layer] for g in gradients)) for layer in layers}
+        if coupled(solver, settings):
+            w = _combination(model, solved, products, own, sample)
+            products = {layer: p @ w for layer, p in products.items()}
+        rows = [block_products(p, tokens, sample.domains) for p in products.values()]
         tables[solver] = table_of(rows, sizes, sample.domains, settings.blocks)
-        if solver == "subspace":
-            w = _left_over(model, solved, sums_by_set, tokens.sum(1)[sample.domains :], sample)
-            tables[solver] = corrected(tables[solver], w)
     return tables
 
 
-def reference_means(sums: torch.Tensor, tokens: Array) -> torch.Tensor:
-    """[R, d_out, d_in] of the reference sets, per supervised token, from sums over all sets' tokens.
-
-    Args:
-        sums: [sets, d_out, d_in], domains first.
-        tokens: [R] supervised tokens of the reference sets.
-    """
-    return sums[-len(tokens) :] / torch.from_numpy(tokens).to(sums)[:, None, None]
-
-
-def inner(directions: torch.Tensor, gradients: torch.Tensor) -> Array:
-    """[R, R] a layer's part of [⟨u_r, g_s⟩]."""
-    return np.asarray((directions.flatten(1) @ gradients.flatten(1).T).double().cpu().numpy())
+def coupled(solver: str, settings: InfluenceConfig) -> bool:
+    """Whether the layers' solutions are combined anew: `exact` has coupled them already."""
+    return settings.joint and solver != "exact"
 
 
 def needs_factors(solver: str, settings: InfluenceConfig) -> bool:
@@ -245,7 +233,7 @@ def _layer_solver(
     settings: InfluenceConfig,
     own: Mapping[str, torch.Tensor],
 ) -> LayerSolver:
-    if solver in OPTIMISERS:
+    if solver == "adam":
         return Diagonal(own[layer])
     if solver not in FACTORED:
         return Plain()
@@ -316,20 +304,30 @@ def _exactly(
     ).vectors
 
 
-def _left_over(model: nn.Module, solved: Vectors, sums: Vectors, tokens: Array, sample: Sampled) -> Array:
-    """[R, R] W of `subspace`, from Λ⁻¹ of the sets' gradients."""
-    directions = {layer: reference_means(x, tokens) for layer, x in solved.items()}
-    own = [inner(x, reference_means(sums[layer], tokens)) for layer, x in directions.items()]
-    curved = curvature_blocks(sample.blocks, sample.domains, sample.settings)
+def _combination(
+    model: nn.Module,
+    solved: Vectors,
+    products: Mapping[str, Array],
+    own: Mapping[str, torch.Tensor],
+    sample: Sampled,
+) -> Array:
+    """[sets, sets] W of the sets' solutions."""
     forms = quadratic_forms(
         model,
-        lambda r: {layer: u[r] for layer, u in directions.items()},
-        len(tokens),
-        curved,
+        lambda k: {layer: x[k] for layer, x in solved.items()},
+        len(next(iter(solved.values()))),
+        curvature_blocks(sample.blocks, sample.domains, sample.settings),
         sample.batch_tokens,
         sample.device,
     )
-    return left_over(forms, np.sum(own, 0))
+    damping = np.sum([damping_forms(x, own[layer]) for layer, x in solved.items()], 0)
+    return combination(forms + damping, between_sets(list(products.values()), sample.settings.blocks))
+
+
+def between_sets(products: Sequence[Array], blocks: int) -> Array:
+    """[sets, sets] ⟨x_k, g_s⟩ over all layers, row k, from each layer's [blocks, sets]."""
+    total = np.sum(products, 0)
+    return np.asarray(total.reshape(-1, blocks, total.shape[1]).sum(1).T)
 
 
 def set_sums(gradients: Iterable[torch.Tensor], blocks: int) -> torch.Tensor:

@@ -29,6 +29,10 @@ from ideal.model import DTYPES, load_model, summed_loss, supervised_logits
 
 DAMPING = "damping.safetensors"
 """AdamW's Λ beside a trained model."""
+AVERAGE = "average"
+"""The model with the mean of the last weights, beside a trained model."""
+SNAPSHOTS = 32
+"""Weights that such a mean is of, at most."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,12 @@ def plan(volumes: Mapping[str, int], config: SftConfig, seed: int) -> list[Step]
         )
         for n in range(total)
     ]
+
+
+def averaged_steps(total: int, share: float) -> list[int]:
+    """After which steps weights are taken into the mean: ``SNAPSHOTS`` or fewer, evenly over this share at the end."""
+    tail = round(total * share)
+    return [total - 1 - n * tail // min(tail, SNAPSHOTS) for n in range(min(tail, SNAPSHOTS))]
 
 
 def schedule(step: int, total: int, config: SftConfig) -> float:
@@ -117,6 +127,8 @@ class Trainer:
         )
         self.next_step = 0
         self.rates = 0.0
+        self.snapshots = 0
+        self.means: dict[str, torch.Tensor] = {}
 
     def step(self, step: Step, items: list[Item]) -> Log:
         """Run one optimiser step; every worker calls it with the same arguments.
@@ -155,9 +167,24 @@ class Trainer:
         self.rates += step.rate
         return Log(step.number, float(summed) / targets, float(norm), sum(length(item) for item in items))
 
+    @torch.no_grad()
+    def take_snapshot(self) -> None:
+        """Take the weights into their mean, which the first worker keeps in fp32 in the machine's memory."""
+        if dist.is_initialized() and dist.get_rank():
+            return
+        self.snapshots += 1
+        for name, flat in (("matrices", self.matrices), ("vectors", self.vectors)):
+            weights = flat.master.detach().cpu()
+            if name in self.means:
+                self.means[name].lerp_(weights, 1 / self.snapshots)
+            else:
+                self.means[name] = weights.clone()
+
     def save_state(self, folder: Path) -> None:
         """What a retried run needs to go on after the last step, as safetensors."""
         tensors = {"next_step": torch.tensor(self.next_step), "rates": torch.tensor(self.rates, dtype=torch.float64)}
+        tensors |= {"snapshots": torch.tensor(self.snapshots)}
+        tensors |= {f"means.{name}": mean for name, mean in self.means.items()}
         for name, flat in (("matrices", self.matrices), ("vectors", self.vectors)):
             tensors[name] = flat.master.detach()
             tensors |= {f"{name}.{key}": value for key, value in self.optimizer.state[flat.master].items()}
@@ -173,6 +200,8 @@ class Trainer:
                 key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
             }
         self.next_step, self.rates = int(state["next_step"]), float(state["rates"])
+        self.snapshots = int(state["snapshots"])
+        self.means = {name: state[f"means.{name}"].cpu() for name in ("matrices", "vectors") if self.snapshots}
 
     def damping(self) -> dict[str, torch.Tensor]:
         """Λ = (√v̂ + ε) / Σ_t η_t of every matrix, by its name, bf16: how stiffly AdamW held each weight so far.
@@ -189,6 +218,14 @@ class Trainer:
     def save_model(self, folder: Path) -> None:
         """The trained model in the transformers format, in the run's precision."""
         self.model.save_pretrained(folder)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def save_average(self, folder: Path) -> None:
+        """The mean of the snapshots as a model in the transformers format; the trainer's own is that from then on."""
+        for name, flat in (("matrices", self.matrices), ("vectors", self.vectors)):
+            flat.master.copy_(self.means[name])
+            flat.write_back()
+        self.save_model(folder)
 
     def save_damping(self, folder: Path) -> None:
         """Λ into ``folder``, for influence that knows the optimiser."""
@@ -234,6 +271,7 @@ def train(
     pools: Mapping[str, ExampleSet],
     volumes: Mapping[str, int],
     seed: int,
+    averaged: float = 0.0,
 ) -> Iterator[Log]:
     """The remaining steps of a run, one at a time.
 
@@ -241,10 +279,16 @@ def train(
         pools: each domain's training examples.
         volumes: the mixture.
         seed: of the draws and of the data's order.
+        averaged: share of the steps, at the end, whose weights the trainer takes the mean of.
     """
     items = [pools[domain][int(i)] for domain, v in volumes.items() for i in draw(len(pools[domain]), v, seed, domain)]
-    for step in plan(volumes, trainer.config, seed)[trainer.next_step :]:
-        yield trainer.step(step, [items[position] for position in step.picks])
+    steps = plan(volumes, trainer.config, seed)
+    taken = set(averaged_steps(len(steps), averaged))
+    for step in steps[trainer.next_step :]:
+        log = trainer.step(step, [items[position] for position in step.picks])
+        if step.number in taken:
+            trainer.take_snapshot()
+        yield log
 
 
 @torch.no_grad()

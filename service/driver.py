@@ -171,7 +171,12 @@ class Optimisation(Study):
         config = self.config
         stage = Stage(
             "sft",
-            {"sft": config.sft.model_dump(mode="json"), "seed": config.seed, "volumes": volumes},
+            {
+                "sft": config.sft.model_dump(mode="json"),
+                "averaged": config.influence.averaged,
+                "seed": config.seed,
+                "volumes": volumes,
+            },
             {"model": self.base.fingerprint, "data": self.data.fingerprint},
         )
         trained = self.stage(
@@ -183,6 +188,7 @@ class Optimisation(Study):
                 data=self.data.folder,
                 volumes=volumes,
                 config=config.sft,
+                averaged=config.influence.averaged,
                 seed=config.seed,
                 resources=config.resources,
                 cluster=self.cluster,

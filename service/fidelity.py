@@ -29,9 +29,9 @@ from ideal.fidelity import moved
 from ideal.influence import Array, InfluenceTable
 from ideal.model import DTYPES, device, load_model
 from ideal.solvers import Sampled, influence_tables
-from ideal.training import DAMPING, Trainer, train
+from ideal.training import AVERAGE, DAMPING, Trainer, train
 from service.cluster import Reservation
-from service.data import MODEL, train_file
+from service.data import MODEL, for_influence, train_file
 from service.influence import TABLE
 from service.progress import Reporter
 from service.reference import losses_of
@@ -143,6 +143,8 @@ class Fidelity(Study):
             "volumes": volumes,
             "keep": keep,
         }
+        if keep:
+            settings["averaged"] = config.influence.averaged
         stage = Stage("retraining", settings, {"model": self.base.fingerprint, "data": self.data.fingerprint})
 
         def piece(actor: Any) -> Record:
@@ -237,13 +239,15 @@ class Retrainer:
         config = self.config
         pools = {domain: ExampleSet.load(train_file(self.data, domain)) for domain in volumes}
         trainer = Trainer(self.base, config.sft, self.device, config.resources.batch_tokens)
-        for log in train(trainer, pools, volumes, seed):
+        for log in train(trainer, pools, volumes, seed, config.influence.averaged if keep else 0.0):
             progress(f"loss {log.loss:.3f}", log.step, log.step + 1)
         trainer.model.eval()
         found = losses_of(trainer.model, self.data, volumes, self.device, config.resources.batch_tokens, progress)
         if keep:
             trainer.save_model(keep / MODEL)
             trainer.save_damping(keep)
+            if config.influence.averaged:
+                trainer.save_average(keep / AVERAGE)
         return found
 
     def predict(
@@ -257,7 +261,8 @@ class Retrainer:
     ) -> dict[str, Any]:
         """The influence table of one solver at a checkpoint, into ``folder``."""
         progress(settings.solver, 0, 1)
-        model = load_model(checkpoint / MODEL, DTYPES[settings.precision], self.device)
+        where = for_influence(checkpoint) if settings.averaged else checkpoint / MODEL
+        model = load_model(where, DTYPES[settings.precision], self.device)
         layers = tracked_layers(model, settings.layers)
         sample = Sampled(
             Sample(self.data, volumes, settings, seed).blocks(),

@@ -24,7 +24,7 @@ from ideal import model as models
 from ideal.config import Config, Source
 from ideal.curvature.layers import input_group
 from ideal.errors import BadInput
-from ideal.solvers import FACTORED, needs_factors
+from ideal.solvers import FACTORED, coupled, needs_factors
 from ideal.sources import rows
 from service import cluster
 from service.influence import by_cost
@@ -225,7 +225,7 @@ def seconds(
     sample = sum(min(config.influence.examples, volume) for volume in work.volumes) * work.tokens
     solver = config.influence.solver
     solve = max(_solve(config, part, shards, alone) for part in parts)
-    if solver == "subspace":
+    if coupled(solver, config.influence):
         solve += _forms(config, sizes, work, shards * len(parts), alone)
     return Seconds(
         multiplied / (machine.sft_workers * together.model) + steps * (update + exchange),
@@ -277,8 +277,8 @@ def _exact(config: Config, sizes: Sizes, work: Work, shards: int, rates: Rates) 
 
 
 def _forms(config: Config, sizes: Sizes, work: Work, actors: int, rates: Rates) -> float:
-    """Seconds of a forward pass over the curvature's examples with a tangent, twice its work, for every direction."""
-    passes = 1 + 2 * len(config.domains)
+    """Seconds of a forward pass over the curvature's examples with a tangent, twice its work, for every set."""
+    passes = 3 * 2 * len(config.domains)
     return _curvature_tokens(config, work) / actors * passes * 2 * (sizes.body + sizes.head) / rates.model
 
 

@@ -5,8 +5,8 @@ scratch folder, its part of the factors and each data block's gradient. Then the
 its actors by the cost of their eigen-decompositions; each is solved from all shards' files, and only the small table
 of products leaves. More shards share the work of one pass; more layer blocks need less memory in each actor, but
 each passes over the data. `ekfac` passes a second time, in the eigenbases; `exact` knows no layer blocks: its first
-actor runs the conjugate gradients, and all shards compute each curvature product together. `subspace` ends with a
-forward pass of all layers over a few examples, which all actors share.
+actor runs the conjugate gradients, and all shards compute each curvature product together. With `joint`
+forward passes of all layers over a few examples follow, which all actors share.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from transformers import AutoConfig
 
 from ideal.batches import length
 from ideal.config import Config
+from ideal.curvature.joint import combination
 from ideal.curvature.layers import input_group, layer_shapes
-from ideal.curvature.subspace import corrected, left_over
 from ideal.errors import BadInput
 from ideal.influence import shard
-from ideal.solvers import curvature_blocks, table_of
+from ideal.solvers import between_sets, block_products, coupled, curvature_blocks, table_of
 from service.cluster import Cluster, Reservation
-from service.data import MODEL
+from service.data import for_influence
 from service.influence_actor import InfluenceActor
 from service.plan import cut
 from service.progress import Reporter
@@ -62,7 +62,8 @@ def influence(
     Raises:
         BadInput: no layer matches, or no resources in time.
     """
-    shapes = layer_shapes(AutoConfig.from_pretrained(checkpoint / MODEL), config.influence.layers)
+    model = for_influence(checkpoint)
+    shapes = layer_shapes(AutoConfig.from_pretrained(model), config.influence.layers)
     groups = [list(part) for part in cut(shapes, layer_blocks)]
     if config.influence.solver == "exact" and len(groups) > 1:
         raise BadInput(
@@ -83,10 +84,7 @@ def influence(
             scheduling_strategy=PlacementGroupSchedulingStrategy(reserved),
         )
         actors = [
-            [
-                make.remote(checkpoint / MODEL, sample, group, folder / WORK / f"layers-{number}", config)
-                for _ in range(shards)
-            ]
+            [make.remote(model, sample, group, folder / WORK / f"layers-{number}", config) for _ in range(shards)]
             for number, group in enumerate(groups)
         ]
         try:
@@ -108,7 +106,8 @@ def influence(
                     actors,
                     lambda actor, n, s: actor.solve.remote(costs[n][s], shards, progress if n == s == 0 else None),
                 )
-            if config.influence.solver == "subspace":
+            joint = coupled(config.influence.solver, config.influence)
+            if joint:
                 count = len(groups) * shards
                 curved = shard(curvature_blocks(blocks, len(sample.volumes), config.influence, count), count)
                 forms = _everywhere(
@@ -121,15 +120,17 @@ def influence(
                     ray.kill(actor)
     tokens = {index: size for part in counted[:shards] for index, size in part.items()}
     layers = {layer: row for part in solved for layer, row in part.items()}
-    table = table_of(
-        [layers[layer].products for layer in shapes],
-        [tokens[index] for index in range(len(blocks))],
-        len(sample.volumes),
-        config.influence.blocks,
-    )
-    if config.influence.solver == "subspace":
-        table = corrected(table, left_over(np.sum(forms, 0), np.sum([layers[layer].own for layer in shapes], 0)))
-    table.save(folder / TABLE)
+    products = {layer: layers[layer].products for layer in shapes}
+    if joint:
+        damping = [layers[layer].damping for layer in shapes]
+        between = between_sets(list(products.values()), config.influence.blocks)
+        w = combination(np.sum([*forms, *damping], 0), between)
+        products = {layer: p @ w for layer, p in products.items()}
+    sizes = [tokens[index] for index in range(len(blocks))]
+    by_set = np.array([float(size) for size, _ in sizes]).reshape(-1, config.influence.blocks)
+    domains = len(sample.volumes)
+    rows = [block_products(p, by_set, domains) for p in products.values()]
+    table_of(rows, sizes, domains, config.influence.blocks).save(folder / TABLE)
     return {
         "layers": list(shapes),
         "conditions": {layer: layers[layer].condition for layer in shapes},

@@ -6,7 +6,7 @@
 | `factors-s` | a shard's part of A and S |
 | `basis-layer` | its eigenvectors and eigenvalues, for the second pass (`ekfac`) |
 | `squares-s` | a shard's part of the refined eigenvalues |
-| `directions-layer` | the optimiser's directions, for all layer blocks (`subspace`) |
+| `solutions-layer` | the sets' solutions, for all layer blocks (`joint`) |
 """
 
 from __future__ import annotations
@@ -26,24 +26,21 @@ from ideal.config import Config
 from ideal.curvature.accumulate import Block, BlockGradient, FactorSums, accumulate
 from ideal.curvature.ekfac import squared_gradients
 from ideal.curvature.exact import GaussNewton, Vectors, conjugate_gradients
+from ideal.curvature.joint import damping_forms, quadratic_forms
 from ideal.curvature.kfac import Eigen, Eigenbasis, eigenbasis
 from ideal.curvature.layers import input_group
-from ideal.curvature.subspace import quadratic_forms
 from ideal.influence import Array
 from ideal.model import DTYPES, device, load_model
 from ideal.solvers import (
     FACTORED,
-    OPTIMISERS,
     Diagonal,
     LayerSolver,
     Plain,
-    block_products,
+    coupled,
     curvature_blocks,
     exact_damping,
-    inner,
     layer_curvature,
     needs_factors,
-    reference_means,
     set_sums,
     with_sets,
 )
@@ -57,18 +54,18 @@ class Solved:
     """A layer's products, and how well its system was behaved.
 
     Attributes:
-        products: [domain blocks, reference blocks].
+        products: [blocks, sets] ⟨x_s, g_b⟩.
         condition: of its curvature, before damping; 1 for solvers without.
         ridge: what a factor needed on its diagonal to be decomposed, as a multiple of its mean eigenvalue.
         residual: of `exact`, relative, the largest of all sets; 0 for the others.
-        own: [R, R] the layer's part of D, of `subspace`.
+        damping: [sets, sets] the layer's part of UᵀΛU, for `joint`.
     """
 
     products: Array
     condition: float = 1.0
     ridge: float = 0.0
     residual: float = 0.0
-    own: Array | None = None
+    damping: Array | None = None
 
 
 @ray.remote
@@ -79,7 +76,6 @@ class InfluenceActor:
         self.model, self.sample, self.layers, self.scratch, self.config = model, sample, layers, scratch, config
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.system: GaussNewton | None = None
-        self.tokens: Array | None = None
         self.device = device()
         if self.device.type == "cpu":
             torch.set_num_threads(1)
@@ -157,37 +153,31 @@ class InfluenceActor:
         return solved
 
     def _solved(self, layer: str, solver: LayerSolver) -> Solved:
-        sums = self._set_sums(layer)
-        found = solver.solve(sums)
-        own = self._keep_directions(layer, found, sums) if self.config.influence.solver == "subspace" else None
-        del sums
-        products = self._products(layer, found)
+        solved = solver.solve(self._set_sums(layer))
+        products = with_sets(solved, self._gradients(layer))
+        damping = None
+        if coupled(self.config.influence.solver, self.config.influence):
+            damping = damping_forms(solved, self._own(layer))
+            kept = solved.to(DTYPES[self.config.influence.precision]).cpu()
+            save_file({str(k): x.clone() for k, x in enumerate(kept)}, self._solutions(layer))
         if isinstance(solver, Eigen):
-            return Solved(products, solver.condition, solver.ridge)
-        return Solved(products, own=own)
-
-    def _keep_directions(self, layer: str, solved: torch.Tensor, sums: torch.Tensor) -> Array:
-        """Write a layer's u_r, for all actors' forward passes; the layer's part of D."""
-        counts = self._tokens().sum(1)[len(self.sample.volumes) :]
-        directions = reference_means(solved, counts)
-        kept = directions.to(DTYPES[self.config.influence.precision]).cpu()
-        save_file({str(r): u.clone() for r, u in enumerate(kept)}, self._direction(layer))
-        return inner(directions, reference_means(sums, counts))
+            return Solved(products, solver.condition, solver.ridge, damping=damping)
+        return Solved(products, damping=damping)
 
     def forms(self, layers: list[str], members: list[int], parts: int) -> Array:
-        """[R, R] UᵀHU over some of the curvature's blocks, cut in so many parts; once all layers are solved.
+        """[sets, sets] UᵀHU over some of the curvature's blocks, cut in so many parts; once all layers are solved.
 
         Args:
             layers: of all layer blocks.
         """
-        settings, sets = self.config.influence, len(self.sample.volumes)
+        settings, domains = self.config.influence, len(self.sample.volumes)
         if not members:
-            return np.zeros((sets, sets))
-        chosen = curvature_blocks(self.sample.blocks(), sets, settings, parts)
+            return np.zeros((2 * domains, 2 * domains))
+        chosen = curvature_blocks(self.sample.blocks(), domains, settings, parts)
         return quadratic_forms(
             load_model(self.model, DTYPES[settings.precision], self.device),
-            lambda r: {layer: read_tensor(self._direction(layer), str(r), self.device) for layer in layers},
-            sets,
+            lambda k: {layer: read_tensor(self._solutions(layer), str(k), self.device) for layer in layers},
+            2 * domains,
             [chosen[index] for index in members],
             self.config.resources.batch_tokens,
             self.device,
@@ -223,7 +213,7 @@ class InfluenceActor:
             limit=settings.products,
         )
         return {
-            layer: Solved(self._products(layer, solution.vectors[layer]), residual=max(solution.residuals))
+            layer: Solved(with_sets(solution.vectors[layer], self._gradients(layer)), residual=max(solution.residuals))
             for layer in self.layers
         }
 
@@ -240,7 +230,7 @@ class InfluenceActor:
 
     def _layer_solver(self, layer: str, shards: int, bases: dict[str, Eigenbasis]) -> LayerSolver:
         settings = self.config.influence
-        if settings.solver in OPTIMISERS:
+        if settings.solver == "adam":
             return Diagonal(self._own(layer))
         if settings.solver not in FACTORED:
             return Plain()
@@ -299,18 +289,6 @@ class InfluenceActor:
     def _set_sums(self, layer: str) -> torch.Tensor:
         return set_sums(self._gradients(layer), self.config.influence.blocks)
 
-    def _products(self, layer: str, solved: torch.Tensor) -> Array:
-        """[domain blocks, reference blocks]"""
-        found = with_sets(solved, self._gradients(layer))
-        return block_products(found, self._tokens(), len(self.sample.volumes))
-
-    def _tokens(self) -> Array:
-        """[sets, B] supervised tokens; the examples are read once."""
-        if self.tokens is None:
-            counts = [float(block.supervised()) for block in self.sample.blocks()]
-            self.tokens = np.array(counts).reshape(-1, self.config.influence.blocks)
-        return self.tokens
-
     def _total(self, kind: str, name: str, shards: int) -> torch.Tensor:
         """The sum of a tensor over all shards' files."""
         return torch.stack([self._read(f"{kind}-{s}", name) for s in range(shards)]).sum(0)
@@ -318,8 +296,8 @@ class InfluenceActor:
     def _file(self, name: str) -> Path:
         return self.scratch / f"{name}.safetensors"
 
-    def _direction(self, layer: str) -> Path:
-        return self.scratch.parent / f"directions-{layer}.safetensors"
+    def _solutions(self, layer: str) -> Path:
+        return self.scratch.parent / f"solutions-{layer}.safetensors"
 
     def _read(self, file: str, name: str) -> torch.Tensor:
         return read_tensor(self._file(file), name, self.device)

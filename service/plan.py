@@ -2,13 +2,13 @@
 
 Each worker at its fullest; V is the vocabulary, T a forward pass's supervised tokens, w 2 bytes (bf16) or 4 (fp32):
 
-- SFT: parameters in w; master weights, gradient sums and two moments in fp32; activations; logits, their softmax
-  and its gradient in fp32 (12 T V).
+- SFT: parameters in w; master weights, gradient sums and two moments in fp32; without a GPU the mean of the last
+  weights, too; activations; logits, their softmax and its gradient in fp32 (12 T V).
 - Influence's pass: parameters in w; the layers' factors and one block's gradient in fp32; activations above the lowest
   tracked layer; two sets of output gradients; logits, and in fp64 the distribution that labels are drawn from (28 T V).
 - Influence's solve: all sets' gradients of one layer, three times; with `kfac` and `ekfac` one eigen-decomposition
-  in fp64. `subspace` then takes a direction of all layers at a time, in w, through a forward pass with tangents, whose
-  logits' it keeps; `exact` holds all layers' gradients, seven times (the vectors of conjugate gradients), and a pass.
+  in fp64. `joint` then takes one set's solution of all layers at a time, in w, through a forward pass with tangents,
+  whose logits' it keeps; `exact` holds all layers' gradients, seven times (conjugate gradients), beside a pass.
 
 Batches are taken to be full and half of their tokens supervised. Left out are what Python and its libraries hold (0.5
 to 1 GiB, in the machine's memory), and what an allocator keeps of freed memory. The test holds the formulas against
@@ -52,7 +52,7 @@ PLAIN_LOGIT = 16
 """Bytes of each logit in a pass that draws no labels: as in SFT, and the logits themselves."""
 
 TANGENT_LOGIT = 8
-"""Bytes of each logit's tangent along each direction: by itself, and beside the others."""
+"""Bytes of each logit's tangent along each solution: by itself, and beside the others."""
 
 VECTORS = 7
 """Copies of every set's gradient that conjugate gradients hold: solution, residual, direction, their updates."""
@@ -226,11 +226,13 @@ def estimate(
         blocks = 1
     blocks = min(blocks, len(sizes.tracked))
     tracked = sum(rows * columns for rows, columns in sizes.tracked.values())
+    mean = 4 * sizes.parameters if config.influence.averaged and not cluster.gpus else 0
+    copies = 2 if config.influence.averaged else 1
     return Plan(
         sizes.parameters,
         tracked,
         blocks,
-        sft_memory(config, sizes, supervised),
+        sft_memory(config, sizes, supervised) + mean,
         for_sft,
         reference_memory(config, sizes, supervised),
         pass_memory(config, sizes, blocks, supervised),
@@ -238,7 +240,7 @@ def estimate(
         available,
         cluster.influence_workers,
         tracked * 4 * 2 * units(config),
-        (config.equilibrium.iterations + 1) * sizes.parameters * WIDTH[config.sft.precision],
+        (config.equilibrium.iterations + 1) * sizes.parameters * WIDTH[config.sft.precision] * copies,
     )
 
 
@@ -316,7 +318,7 @@ def pass_memory(config: Config, sizes: Sizes, blocks: int, supervised: float) ->
 
 
 def solve_memory(config: Config, sizes: Sizes, supervised: float) -> int:
-    """Bytes of an influence actor at its most expensive layer, or with `subspace` and `exact` at all of them."""
+    """Bytes of an influence actor at its most expensive layer, or with `joint` and `exact` at all of them."""
     sets = 2 * len(config.domains)
     tracked = sum(rows * columns for rows, columns in sizes.tracked.values())
     if config.influence.solver == "exact":
@@ -332,13 +334,13 @@ def solve_memory(config: Config, sizes: Sizes, supervised: float) -> int:
         return last + max(decomposing, products + 8 * (rows * rows + columns * columns))
 
     layer = max(of_layer(rows, columns) for rows, columns in sizes.tracked.values())
-    together = forms_memory(config, sizes, supervised) if config.influence.solver == "subspace" else 0
+    together = forms_memory(config, sizes, supervised) if config.influence.joint else 0
     return max(layer, together)
 
 
 def forms_memory(config: Config, sizes: Sizes, supervised: float) -> int:
-    """Bytes of an influence actor as it takes the curvature along every direction (`subspace`)."""
-    width, directions = WIDTH[config.influence.precision], len(config.domains)
+    """Bytes of an influence actor as it takes the curvature along every set's solution (`joint`)."""
+    width, directions = WIDTH[config.influence.precision], 2 * len(config.domains)
     tracked = sum(rows * columns for rows, columns in sizes.tracked.values())
     tokens = max(config.resources.batch_tokens // directions, config.model.max_tokens)
     scores = 2 * 3 * 4 * sizes.heads * min(tokens, config.model.max_tokens) * tokens  # attention keeps all, twice

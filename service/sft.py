@@ -18,7 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ideal.config import ResourcesConfig, SftConfig
 from ideal.examples import ExampleSet
 from ideal.model import load_tokenizer
-from ideal.training import Trainer, plan, train
+from ideal.training import AVERAGE, Trainer, plan, train
 from service.cluster import Cluster
 from service.data import MODEL, train_file
 from service.progress import Reporter
@@ -32,6 +32,7 @@ def sft(
     data: Path,
     volumes: dict[str, int],
     config: SftConfig,
+    averaged: float,
     seed: int,
     resources: ResourcesConfig,
     cluster: Cluster,
@@ -43,6 +44,7 @@ def sft(
 
     Args:
         volumes: examples of each domain.
+        averaged: share of the steps whose weights' mean is left in ``folder/average``, for influence.
 
     Returns:
         steps, tokens, seconds, tokens_per_second, first_loss and last_loss; the loss of every step is in steps.json.
@@ -56,6 +58,7 @@ def sft(
             "data": data,
             "volumes": volumes,
             "config": config,
+            "averaged": averaged,
             "seed": seed,
             "resources": resources,
             "cpus": cluster.sft_cpus,
@@ -104,7 +107,7 @@ def _worker(task: dict[str, Any]) -> None:
             logs = json.loads((Path(saved) / "steps.json").read_text())
     total = len(plan(volumes, config, task["seed"]))
     started = time.time()
-    for log in train(trainer, pools, volumes, task["seed"]):
+    for log in train(trainer, pools, volumes, task["seed"], task["averaged"]):
         logs.append({**asdict(log), "seconds": round(time.time() - started, 4)})
         started = time.time()
         if rank == 0:
@@ -117,6 +120,8 @@ def _worker(task: dict[str, Any]) -> None:
         trainer.save_damping(task["folder"])
         load_tokenizer(task["base"] / MODEL).save_pretrained(task["folder"] / MODEL)
         (task["folder"] / "steps.json").write_text(json.dumps(logs))
+        if task["averaged"]:
+            trainer.save_average(task["folder"] / AVERAGE)
 
 
 def _checkpoint(trainer: Trainer, logs: list[dict[str, Any]], rank: int) -> None:

@@ -16,6 +16,7 @@ from tests.command import Command, Ended
 
 WORDS = ("apple", "bread", "chair", "dance")
 DOMAINS = ["plain", "twin", "contrary", "noise"]
+SOLVERS = ["kfac", "joint", "exact"]
 pytestmark = pytest.mark.timeout(900)  # minutes, where the machine is shared
 
 
@@ -63,7 +64,11 @@ def settings(folder: Path) -> dict[str, Any]:
             "seeds": 4,
             "change": 0.5,
             "modes": ["steps"],
-            "solvers": {"kfac": {"solver": "kfac"}, "exact": {"solver": "exact", "damping": "schedule"}},
+            "solvers": {
+                "kfac": {"solver": "kfac", "joint": False, "damping": 0.1},
+                "joint": {"solver": "kfac", "joint": True},
+                "exact": {"solver": "exact", "damping": "schedule"},
+            },
         },
     }
 
@@ -89,7 +94,7 @@ def found(command: Command, study: Ended) -> dict[str, Any]:
     return read
 
 
-@pytest.mark.parametrize("of", ["actual", "kfac", "exact"])
+@pytest.mark.parametrize("of", ["actual", *SOLVERS])
 def test_planted_relations_come_out(found: dict[str, Any], of: str) -> None:
     """dQ_r/dβ_j < 0: more of domain j lowers the loss on reference set r."""
     steps = found["modes"]["steps"]
@@ -109,7 +114,7 @@ def test_the_report_is_whole(command: Command, study: Ended, found: dict[str, An
     assert {path.name for path in folder.iterdir()} == {"fidelity.json", "fidelity.md", "fidelity.png"}
     assert f"Report: {folder / 'fidelity.md'}" in study.output
     matrix = found["modes"]["steps"]["matrix"]
-    assert set(matrix["solvers"]) == {f"{s}, {form}" for s in ("kfac", "exact") for form in ("centred", "uncentred")}
+    assert set(matrix["solvers"]) == {f"{s}, {form}" for s in SOLVERS for form in ("centred", "uncentred")}
     best = matrix["solvers"]["exact, centred"]
     assert -1 <= best["pearson"]["low"] <= best["pearson"]["high"] <= 1
     assert best["pearson"]["value"] > 0.7

@@ -110,9 +110,16 @@ def influence(
     layers: Sequence[str] = MLP,
     fisher: str = "sampled",
     schedule: dict[str, torch.Tensor] | None = None,
+    own: dict[str, torch.Tensor] | None = None,
+    joint: bool = False,
     batch_tokens: int = 64,
 ) -> InfluenceTable:
-    """The whole influence, as the service computes it, in one process."""
+    """The whole influence, as the service computes it, in one process.
+
+    Args:
+        schedule: an optimiser's Λ, which the solver damps with.
+        own: the same, which only ``joint`` knows.
+    """
     parts = []
     for number, (domain, weight) in enumerate(zip(domains, weights, strict=True)):
         parts += split(f"train/{number}", domain, list(range(len(domain))), blocks, weight)
@@ -121,8 +128,9 @@ def influence(
     settings = InfluenceConfig.model_validate(
         {"solver": solver, "blocks": blocks, "examples": blocks, "precision": "fp32", "products": 400, "residual": 1e-9}
         | {"damping": "schedule" if schedule else damping, "curvature_examples": 10**6, "fisher": fisher}
+        | {"joint": joint}
     )
-    sample = Sampled(parts, len(domains), settings, schedule or {}, 0, batch_tokens, torch.device("cpu"))
+    sample = Sampled(parts, len(domains), settings, schedule or own or {}, 0, batch_tokens, torch.device("cpu"))
     return influence_tables(model, list(layers), sample, [solver])[solver]
 
 

@@ -21,7 +21,18 @@ from ideal.config import SftConfig
 from ideal.examples import ExampleSet
 from ideal.mixture import draw
 from ideal.model import load_model, summed_loss, supervised_logits
-from ideal.training import DAMPING, Log, Step, Trainer, mean_loss, plan, schedule, train
+from ideal.training import (
+    DAMPING,
+    SNAPSHOTS,
+    Log,
+    Step,
+    Trainer,
+    averaged_steps,
+    mean_loss,
+    plan,
+    schedule,
+    train,
+)
 from tests.ideal.made import example_set, full_loss
 from tests.tiny import make_model
 
@@ -157,14 +168,38 @@ def test_a_run_taken_up_again_is_the_same_run(base: Path, tmp_path: Path, precis
     config = FP32.model_copy(update={"precision": precision})
     whole, logs = trained(base, config)
     broken = Trainer(base, config, CPU, 64)
-    first = list(islice(train(broken, POOLS, VOLUMES, 3), 2))
+    first = list(islice(train(broken, POOLS, VOLUMES, 3, averaged=1.0), 2))
     broken.save_state(tmp_path)
     resumed = Trainer(base, config, CPU, 64)
     resumed.load_state(tmp_path)
-    assert first + list(train(resumed, POOLS, VOLUMES, 3)) == logs
+    assert first + list(train(resumed, POOLS, VOLUMES, 3, averaged=1.0)) == logs
+    assert resumed.snapshots == len(logs)
     assert torch.equal(weights(resumed), weights(whole))
     for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_average_is_of_the_last_weights(base: Path, tmp_path: Path) -> None:
+    trainer = Trainer(base, FP32, CPU, 64)
+    seen = [weights(trainer) for _ in train(trainer, POOLS, VOLUMES, 3, averaged=0.6)]
+    kept = [seen[number] for number in averaged_steps(len(seen), 0.6)]
+    assert 1 < len(kept) == round(0.6 * len(seen)) < len(seen)
+    last = trainer.model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    trainer.save_average(tmp_path)
+    torch.testing.assert_close(weights(trainer), torch.stack(kept).mean(0))
+    averaged = load_model(tmp_path, torch.float32).model.layers[0].mlp.up_proj.weight
+    assert torch.equal(averaged, trainer.model.model.layers[0].mlp.up_proj.weight)
+    assert not torch.equal(averaged, last)
+
+
+def test_a_long_runs_average_is_of_a_few_snapshots() -> None:
+    assert averaged_steps(10, 0.3) == [9, 8, 7]
+    assert averaged_steps(10, 0.0) == []
+    many = averaged_steps(10_000, 0.5)
+    assert len(many) == SNAPSHOTS
+    assert max(many) == 9_999
+    assert 5_000 <= min(many) < 5_200
+    assert set(np.diff(many)) <= {-156, -157}
 
 
 def test_damping_is_what_a_run_divides_a_gradient_by(base: Path, tmp_path: Path) -> None:

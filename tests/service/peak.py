@@ -31,10 +31,9 @@ STAGES = ("sft", "pass", "solve")
 
 
 def main(folders: list[Path]) -> None:
-    """As the module says; SFT, which doesn't depend on the solver, of a folder's `kfac` only."""
     for folder in folders:
         config = Config.model_validate_json((folder / "config.json").read_text())
-        for stage in STAGES if config.influence.solver == "kfac" else STAGES[1:]:
+        for stage in STAGES:
             if os.fork():
                 _, status = os.wait()
                 if status:
@@ -63,17 +62,18 @@ def work(stage: str, folder: Path, config: Config) -> None:
         items = list(chain(*(ExampleSet.load(train_file(folder, domain)) for domain in volumes)))
         for step in plan(volumes, config.sft, 0)[:2]:  # AdamW's moments are there from the second step's beginning
             trainer.step(step, [items[position] for position in step.picks])
+            trainer.take_snapshot()
         return
     layers = list(layer_shapes(AutoConfig.from_pretrained(folder / MODEL), config.influence.layers))
     sample = Sample(folder, volumes, config.influence, config.seed)
     actor = InfluenceActor.__ray_metadata__.modified_class(folder / MODEL, sample, layers, folder / "work", config)
     if stage == "pass":
         actor.accumulate(0, list(range(len(sample.blocks()))), None)
-    elif config.influence.solver == "kfac":
-        actor.solve(layers[-3:], 1, None)  # one layer's gate, up and down
-    else:
+    elif config.influence.joint:
         actor.solve(layers, 1, None)
         actor.forms(layers, [0], 1)
+    else:
+        actor.solve(layers[-3:], 1, None)  # one layer's gate, up and down
 
 
 def warm_up(config: Config) -> None:

@@ -73,11 +73,12 @@ def test_this_machine_is_measured(config: Config, tiny_model: Path) -> None:
 
 
 def test_time_follows_the_work_and_the_machine(paper: Config, sizes: Sizes) -> None:
-    def taken(**changes: object) -> dict[str, float]:
+    def taken(joint: bool = False, **changes: object) -> dict[str, float]:
+        config = paper.model_copy(update={"influence": paper.influence.model_copy(update={"joint": joint})})
         work = replace(WORK, tokens=changes.pop("tokens", 256))  # type: ignore[arg-type]
         blocks = changes.pop("blocks", 1)
         rates = replace(ABSENT_GPU, **changes)  # type: ignore[arg-type]
-        return vars(seconds(paper, sizes, EIGHT, blocks, work, rates, rates))  # type: ignore[arg-type]
+        return vars(seconds(config, sizes, EIGHT, blocks, work, rates, rates))  # type: ignore[arg-type]
 
     once, longer, slower, cut = taken(), taken(tokens=512), taken(eigen=0.5e12), taken(blocks=4)
     assert longer["reference"] == pytest.approx(2 * once["reference"])
@@ -86,6 +87,10 @@ def test_time_follows_the_work_and_the_machine(paper: Config, sizes: Sizes) -> N
     assert slower["influence_solve"] > 1.8 * once["influence_solve"]
     assert once["influence_pass"] < cut["influence_pass"] < 4 * once["influence_pass"]  # fewer shards, fewer layers
     assert once["reference"] == pytest.approx(400 * 256 * 2 * 1_235_748_864 / 400e12, rel=1e-3)
+
+    together, longer = taken(joint=True), taken(joint=True, tokens=512)
+    assert together["influence_pass"] == once["influence_pass"]
+    assert once["influence_solve"] < together["influence_solve"] < longer["influence_solve"]
 
 
 def test_examples_come_from_the_config_and_what_it_does_not_say_is_named(paper: Config, config: Config) -> None:

@@ -39,7 +39,14 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("influence")
     made = {
         **tree(folder / "store"),
-        "influence": {"layers": LAYERS, "examples": 20, "blocks": 4, "precision": "fp32", "damping": 0.1},
+        "influence": {
+            "layers": LAYERS,
+            "examples": 20,
+            "blocks": 4,
+            "precision": "fp32",
+            "damping": 0.1,
+            "joint": False,
+        },
         "resources": {"batch_tokens": 64, "wait_seconds": 60},
     }
     return parse(made, "test", folder)
@@ -133,14 +140,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("solver", "layer_blocks"),
-    [("identity", 1), ("adam", 1), ("ekfac", 1), ("exact", 1), ("subspace", 1), ("subspace", 2)],
+    ("solver", "joint", "layer_blocks"),
+    [
+        ("identity", False, 1),
+        ("adam", False, 1),
+        ("ekfac", False, 1),
+        ("exact", False, 1),
+        ("adam", True, 1),
+        ("kfac", True, 2),
+    ],
 )
 @pytest.mark.usefixtures("ray_session")
 def test_every_solver_says_on_workers_what_it_says_in_one_process(
-    tmp_path: Path, settings: Config, checkpoint: Path, data: Path, solver: str, layer_blocks: int
+    tmp_path: Path, settings: Config, checkpoint: Path, data: Path, solver: str, joint: bool, layer_blocks: int
 ) -> None:
-    asked = {"solver": solver, "damping": "schedule" if solver == "exact" else 0.1, "curvature_examples": 4}
+    damping = "schedule" if solver == "exact" else 0.1
+    asked = {"solver": solver, "joint": joint, "damping": damping, "curvature_examples": 4}
     tight = {"products": 30, "residual": 1e-4}
     config = settings.model_copy(
         update={"influence": InfluenceConfig.model_validate(settings.influence.model_dump() | asked | tight)}

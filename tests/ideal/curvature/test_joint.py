@@ -1,0 +1,144 @@
+"""The combination of layers' solutions against the dense system that it is a projection of, in fp64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from ideal.curvature.accumulate import Block
+from ideal.curvature.joint import combination, damping_forms, quadratic_forms
+from ideal.influence import Array
+from tests.ideal.dense import (
+    DOMAINS,
+    REFERENCES,
+    WEIGHTS,
+    blocks,
+    dense_gauss_newton,
+    flat,
+    lambdas,
+    mean_gradients,
+    random_vectors,
+    sizes,
+)
+from tests.ideal.made import MLP, eigens, influence, llama, run
+
+CPU = torch.device("cpu")
+DAMPING = 0.05
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    return llama()
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 10**6])
+def test_forms_are_the_dense_matrixs(model: LlamaForCausalLM, batch_tokens: int) -> None:
+    u = random_vectors(model, 3, 1)
+
+    def forms(part: list[Block]) -> Array:
+        return quadratic_forms(model, lambda k: {x: v[k] for x, v in u.items()}, 3, part, batch_tokens, CPU)
+
+    found = forms(blocks())
+    np.testing.assert_allclose(found, (flat(u) @ dense_gauss_newton(model) @ flat(u).T).numpy(), rtol=1e-9)
+    parts = [forms(part) for part in (blocks()[:1], blocks()[1:])]
+    np.testing.assert_allclose(sum(parts), found)
+
+
+def gradients() -> tuple[torch.Tensor, torch.Tensor]:
+    """[domains, n] and [reference sets, n] mean gradients."""
+    model = llama()
+    return tuple(torch.stack([mean_gradients(model, x) for x in sets]) for sets in (DOMAINS, REFERENCES))  # type: ignore[return-value]
+
+
+def solved_by(model: LlamaForCausalLM, solver: str, own: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[sets, n] every set's solution, layer by layer."""
+    g = torch.cat(gradients())
+    if solver == "adam":
+        return g / diagonal(own)
+    solvers, start, parts = eigens(run(model, blocks())[0], damping=DAMPING), 0, []
+    for layer, shape in sizes(model).items():
+        part = g[:, start : start + shape.numel()].view(-1, *shape)
+        parts.append(solvers[layer].solve(part).flatten(1))
+        start += shape.numel()
+    return torch.cat(parts, 1)
+
+
+def diagonal(own: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([own[f"{layer}.weight"].flatten() for layer in MLP])
+
+
+def projected(u: torch.Tensor, matrix: torch.Tensor) -> Array:
+    """G U (Uᵀ M U)⁻¹ Uᵀ R: the definition."""
+    g, r = gradients()
+    return np.asarray((g @ u.T @ torch.linalg.solve(u @ matrix @ u.T, u @ r.T)).numpy())
+
+
+@pytest.mark.parametrize("solver", ["adam", "kfac"])
+def test_influence_is_the_projected_solve(model: LlamaForCausalLM, solver: str) -> None:
+    """All layers together: their own blocks alone would be another answer, and so would any layer-wise solver."""
+    own, h = lambdas(model), dense_gauss_newton(model)
+    damped = h + torch.diag(diagonal(own))
+    u = solved_by(model, solver, own)
+    given = {"schedule": own} if solver == "adam" else {"damping": DAMPING, "own": own}
+    found = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver=solver, joint=True, **given).matrix()  # type: ignore[arg-type]
+    right = projected(u, damped)
+    np.testing.assert_allclose(found, right, rtol=1e-6)
+
+    blockwise, start = torch.zeros_like(h), 0
+    for layer in MLP:
+        part = slice(start, start + own[f"{layer}.weight"].numel())
+        blockwise[part, part], start = h[part, part], part.stop
+    wrong = {
+        "plain": influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="identity").matrix(),
+        "the solver alone": influence(model, DOMAINS, REFERENCES, WEIGHTS, solver=solver, **given).matrix(),  # type: ignore[arg-type]
+        "layer by layer": projected(u, blockwise + torch.diag(diagonal(own))),
+    }
+    for what, answer in wrong.items():
+        scaled = answer * (answer * right).sum() / (answer * answer).sum()
+        assert np.abs(scaled - right).max() > 1e-3 * np.abs(right).max(), what
+
+
+def test_no_combination_is_nearer_to_the_whole_solve() -> None:
+    """In the system's own norm, by which the predicted loss is off."""
+    random = np.random.default_rng(1)
+    matrix, u, g = random.normal(size=(9, 9)), random.normal(size=(3, 9)), random.normal(size=(3, 9))
+    matrix = matrix @ matrix.T
+    w, whole = combination(u @ matrix @ u.T, u @ g.T), np.linalg.solve(matrix, g.T).T
+
+    def off(w: Array) -> Array:
+        error = w.T @ u - whole
+        return np.asarray(((error @ matrix) * error).sum(1))
+
+    for _ in range(20):
+        assert (off(w) < off(w + 0.1 * random.normal(size=w.shape))).all()
+
+
+def test_solutions_that_are_right_stay() -> None:
+    random = np.random.default_rng(0)
+    matrix = random.normal(size=(9, 9))
+    matrix = matrix @ matrix.T + np.eye(9)
+    g = random.normal(size=(4, 9))
+    u = g @ np.linalg.inv(matrix)
+    np.testing.assert_allclose(combination(u @ matrix @ u.T, u @ g.T), np.eye(4), atol=1e-9)
+    np.testing.assert_allclose(combination(u @ (10 * matrix) @ u.T, u @ g.T), np.eye(4) / 10, atol=1e-9)
+
+
+def test_scales_do_not_matter_and_a_set_that_is_there_twice_neither() -> None:
+    random = np.random.default_rng(0)
+    matrix, u, g = np.diag(random.uniform(0.1, 9, 9)), random.normal(size=(3, 9)), random.normal(size=(3, 9))
+    right = combination(u @ matrix @ u.T, u @ g.T).T @ u
+    scaled = u * np.array([[1e-6], [1.0], [1e5]])
+    np.testing.assert_allclose(combination(scaled @ matrix @ scaled.T, scaled @ g.T).T @ scaled, right, rtol=1e-6)
+    twice, again = u[[0, 1, 2, 0]], g[[0, 1, 2, 0]]
+    found = combination(twice @ matrix @ twice.T, twice @ again.T).T @ twice
+    np.testing.assert_allclose(found, right[[0, 1, 2, 0]], rtol=1e-6, atol=1e-9)
+
+
+def test_the_optimisers_damping_is_a_form() -> None:
+    random = torch.Generator().manual_seed(0)
+    u = torch.randn(3, 4, 5, generator=random, dtype=torch.float64)
+    damping = torch.rand(4, 5, generator=random, dtype=torch.float64)
+    right = u.flatten(1) @ torch.diag(damping.flatten()) @ u.flatten(1).T
+    np.testing.assert_allclose(damping_forms(u, damping), right.numpy())
