@@ -221,9 +221,18 @@ class InfluenceConfig(Section):
     blocks: int = Field(8, ge=2, description="Parts that every set is split in; the bootstrap resamples them.")
     confidence: float = Field(0.9, gt=0, lt=1, description="Level of the bootstrap intervals.")
     resamples: PositiveInt = Field(2000, description="Bootstrap resamples.")
+    widening: float = Field(
+        1.0,
+        gt=0,
+        description="Of the bootstrap's intervals, which know of sampling only; `ideal fidelity` says what they lack.",
+    )
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="Arithmetic of the model's passes; products and sums are always fp32."
     )
+
+    def of_the_table(self) -> dict[str, Any]:
+        """The settings that an influence table depends on; the others are of its intervals."""
+        return self.model_dump(mode="json", exclude={"confidence", "resamples", "widening"})
 
     @model_validator(mode="after")
     def _no_block_is_empty(self) -> InfluenceConfig:

@@ -169,3 +169,20 @@ def coverage(low: Array, high: Array, truth: Array) -> float:
         truth: [...] the same for every seed.
     """
     return float(((low <= truth) & (truth <= high)).mean())
+
+
+def widening(low: Array, value: Array, high: Array, truth: Array, level: float) -> tuple[float, float]:
+    """By what factor intervals must grow on either side of their value, so that this share of them holds the truth.
+
+    Args:
+        low, value, high: [S, ...] each seed's interval and what it is about.
+        truth: [...] the same for every seed.
+
+    Returns:
+        the factor; and the share that holds the truth where each seed's intervals grow by the other seeds' factor.
+    """
+    side = np.where(truth > value, high - value, value - low)
+    needed = np.abs(truth - value) / np.maximum(side, np.finfo(float).tiny)
+    others = [np.quantile(np.delete(needed, s, 0), level) for s in range(len(needed))]
+    held = [(needed[s] <= factor).mean() for s, factor in enumerate(others)]
+    return float(np.quantile(needed, level)), float(np.mean(held))

@@ -52,8 +52,12 @@ class InfluenceTable:
         counts = np.outer(self.domain_tokens.sum(1), self.reference_tokens.sum(1))
         return np.asarray(self.products.sum((2, 4)) / counts)
 
-    def resampled(self, resamples: int, seed: int) -> Array:
-        """[S, M, R] a_jr on bootstrap resamples: every set's blocks, drawn with replacement."""
+    def resampled(self, resamples: int, seed: int, widening: float = 1.0) -> Array:
+        """[S, M, R] a_jr on bootstrap resamples: every set's blocks, drawn with replacement.
+
+        Args:
+            widening: of every resample's distance from the influence itself.
+        """
         products = self.products.sum(0)
         m, b, r, _ = products.shape
         random = seeded(seed, "bootstrap")
@@ -62,7 +66,8 @@ class InfluenceTable:
         total = np.einsum("smb,mbrc,src->smr", domain, products, reference, optimize=True)
         tokens = np.einsum("smb,mb->sm", domain, self.domain_tokens)
         reference_tokens = np.einsum("src,rc->sr", reference, self.reference_tokens)
-        return np.asarray(total / tokens[:, :, None] / reference_tokens[:, None, :])
+        found = total / tokens[:, :, None] / reference_tokens[:, None, :]
+        return np.asarray(self.matrix() + widening * (found - self.matrix()))
 
     def objective(self, matrix: Array, kind: str) -> Array:
         """[..., M] a_j on the objective: the mean over reference sets (`macro`) or over their tokens (`micro`)."""

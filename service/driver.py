@@ -157,7 +157,7 @@ class Optimisation(Study):
         found = [self.data.result[domain] for domain in current.volumes]
         return update(
             table.objective(table.matrix(), kind),
-            table.objective(table.resampled(config.influence.resamples, config.seed), kind),
+            table.objective(table.resampled(config.influence.resamples, config.seed, config.influence.widening), kind),
             list(current.volumes.values()),
             [each["pool"] for each in found],
             [each["tokens_per_example"] for each in found],
@@ -235,7 +235,7 @@ class Optimisation(Study):
 
     def _influence(self, current: Iteration) -> None:
         config = self.config
-        settings = config.influence.model_dump(mode="json", exclude={"confidence", "resamples"})
+        settings = config.influence.of_the_table()
         stage = Stage(
             "influence",
             {"influence": settings, "seed": config.seed, "volumes": current.volumes},

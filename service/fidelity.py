@@ -161,10 +161,9 @@ class Fidelity(Study):
 
         def piece(actor: Any) -> Record:
             at = trained.result()
-            identity = settings.model_dump(mode="json", exclude={"confidence", "resamples"})
             stage = Stage(
                 "prediction",
-                {"influence": identity, "seed": seed, "volumes": self.volumes},
+                {"influence": settings.of_the_table(), "seed": seed, "volumes": self.volumes},
                 {"training": at.fingerprint, "data": self.data.fingerprint},
             )
 

@@ -145,7 +145,7 @@ def heatmap(iteration: Iteration, config: Config) -> Figure:
     """The influence matrix with its intervals; each column (reference set) relative to its largest entry."""
     assert iteration.table is not None
     matrix = iteration.table.matrix()
-    cloud = iteration.table.resampled(config.influence.resamples, config.seed)
+    cloud = iteration.table.resampled(config.influence.resamples, config.seed, config.influence.widening)
     tail = (1 - config.influence.confidence) / 2
     low, high = np.quantile(cloud, [tail, 1 - tail], axis=0)
     scale = np.abs(matrix).max(0, keepdims=True)

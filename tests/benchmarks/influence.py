@@ -53,7 +53,7 @@ from tests.service.peak import status
 CPU = torch.device("cpu")
 INSTALL = "pip install --no-deps --target FOLDER kronfluence einops opt_einsum einconv"
 MADE_UP = 0.1
-"""Λ of `exact`: about √v̂ = 3e-4 over a sum of learning rates of 3e-3."""
+"""Λ of `exact` and `joint`: about √v̂ = 3e-4 over a sum of learning rates of 3e-3."""
 SMALL = [f"model.layers.{number}.mlp.*" for number in (9, 19, 29)]
 
 
@@ -161,12 +161,17 @@ def ours(
     solver: str, model: nn.Module, layers: list[str], blocks: list[Block], domains: int, setting: Setting
 ) -> Array:
     damping = {}
-    if solver == "exact":
+    if solver in ("exact", "joint"):
         weights = {f"{layer}.weight": model.get_parameter(f"{layer}.weight") for layer in layers}
         damping = {name: torch.full(weight.shape, MADE_UP) for name, weight in weights.items()}
-    settings = InfluenceConfig(solver=solver, damping="schedule" if damping else 0.1, blocks=setting.blocks)
+    asked: dict[str, Any] = {"solver": solver, "joint": False, "damping": 0.1}
+    if solver == "exact":
+        asked["damping"] = "schedule"
+    if solver == "joint":
+        asked = {"solver": "kfac", "joint": True}
+    settings = InfluenceConfig.model_validate({**asked, "blocks": setting.blocks})
     given = Sampled(blocks, domains, settings, damping, setting.seed, setting.batch_tokens, CPU)
-    return influence_tables(model, layers, given, [solver])[solver].matrix()
+    return influence_tables(model, layers, given, [settings.solver])[settings.solver].matrix()
 
 
 def kronfluence(
@@ -267,7 +272,7 @@ def written(folder: Path, arguments: argparse.Namespace) -> Setting:
 
 def compare(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
     """Every contestant in turn, printed as it comes."""
-    parts = ["plain", "plain, all logits", "kfac", "ekfac"] + ["exact"] * arguments.exact
+    parts = ["plain", "plain, all logits", "kfac", "ekfac", "joint"] + ["exact"] * arguments.exact
     sys.path.append(setting.kronfluence)
     if find_spec("kronfluence"):
         parts += ["kronfluence kfac", "kronfluence ekfac"]
@@ -282,7 +287,7 @@ def compare(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
             )
             print(f"{one['layers']} layers, {len(setting.names)} domains, fp32, {one['threads']} threads\n")
             print(f"{'':<30}{'seconds':>9}{'× plain':>9}{'peak GB':>9}")
-        label = f"{part} (Λ made up)" if part == "exact" else part
+        label = f"{part} (Λ made up)" if part in ("exact", "joint") else part
         one["multiple"] = one["seconds"] / found["plain"]["seconds"]
         print(f"{label:<30}{one['seconds']:>9.1f}{one['multiple']:>9.2f}{one['peak_bytes'] / 1e9:>9.2f}", flush=True)
     for part in ("kfac", "ekfac"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ideal.equilibrium import token_weights
-from ideal.fidelity import MODES, agreement, ceiling, coverage, decided, moved, predicted
+from ideal.fidelity import MODES, agreement, ceiling, coverage, decided, moved, predicted, widening
 from ideal.influence import Array
 
 VOLUMES = {"a": 40, "b": 100, "c": 60}
@@ -87,3 +87,18 @@ def test_coverage_counts_intervals_that_hold() -> None:
     truth = np.zeros(3)
     low, high = np.array([[-1.0, 0.5, -1], [-1, -1, -1]]), np.array([[1.0, 1, 1], [1, 1, -0.5]])
     assert coverage(low, high, truth) == pytest.approx(4 / 6)
+
+
+def test_widening_is_what_intervals_lack() -> None:
+    """Intervals three times too narrow on one side, right on the other."""
+    random = np.random.default_rng(0)
+    value = random.normal(size=(200, 30))
+    truth = np.zeros(30)
+    low, high = value - 1.645 / 3, value + 1.645
+    factor, held = widening(low, value, high, truth, 0.9)
+    one_sided = np.abs(value) / np.where(value < 0, 1.645, 1.645 / 3)
+    assert factor == pytest.approx(np.quantile(one_sided, 0.9))
+    assert held == pytest.approx(0.9, abs=0.01)
+    assert coverage(value - factor * 1.645 / 3, value + factor * 1.645, truth) == pytest.approx(0.9, abs=0.001)
+    exact = np.broadcast_to(truth, value.shape)
+    assert widening(exact, exact, exact, truth, 0.9) == (0.0, 1.0)
