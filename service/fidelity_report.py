@@ -183,8 +183,8 @@ def markdown(found: dict[str, Any], config: Config) -> str:
     lines += [
         f"## How often a {config.influence.confidence:.0%} interval holds",
         "",
-        f"At `influence.widening` {config.influence.widening:g}; then the widening of the bootstrap's own intervals with "
-        "which they hold the actual change as often as they say, and how often they do if each seed takes the others'.",
+        f"At `influence.widening` {config.influence.widening:g}. Beside it, the widening with which the bootstrap's "
+        "own intervals hold the actual change as often as they say, and how often they do with the other seeds' widening.",
         "",
         "| solver | mode | the actual change | the mean prediction | widening | then |",
         "| --- | --- | ---: | ---: | ---: | ---: |",

@@ -228,6 +228,7 @@ def estimate(
     tracked = sum(rows * columns for rows, columns in sizes.tracked.values())
     mean = 4 * sizes.parameters if config.influence.averaged and not cluster.gpus else 0
     copies = 2 if config.influence.averaged else 1
+    kept = WIDTH[config.influence.precision] if config.influence.joint else 0
     return Plan(
         sizes.parameters,
         tracked,
@@ -239,7 +240,7 @@ def estimate(
         solve_memory(config, sizes, supervised),
         available,
         cluster.influence_workers,
-        tracked * 4 * 2 * units(config),
+        tracked * 2 * (4 * units(config) + kept * len(config.domains)),
         (config.equilibrium.iterations + 1) * sizes.parameters * WIDTH[config.sft.precision] * copies,
     )
 

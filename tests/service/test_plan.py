@@ -56,7 +56,8 @@ def test_counts_are_the_real_models(config: Config, base: Path, shapes: Pretrain
     assert found.parameters == sum(p.numel() for p in model.parameters())
     mlp = [p.numel() for name, p in model.named_parameters() if ".mlp." in name]
     assert found.tracked == sum(mlp)
-    assert found.scratch == 4 * sum(mlp) * 2 * 2 * config.influence.blocks  # domains and reference sets, in fp32
+    gradients = 4 * sum(mlp) * 2 * 2 * config.influence.blocks  # domains and reference sets, in fp32
+    assert found.scratch == gradients + 2 * sum(mlp) * 2 * 2  # and their solutions, in bf16
     assert found.checkpoints == 2 * 3 * found.parameters * 2  # D0, D1, D2 in bf16, each trained and averaged
 
 
