@@ -184,7 +184,7 @@ def markdown(found: dict[str, Any], config: Config) -> str:
         f"## How often a {config.influence.confidence:.0%} interval holds",
         "",
         f"At `influence.widening` {config.influence.widening:g}. Beside it, the widening with which the bootstrap's "
-        "own intervals hold the actual change as often as they say, and how often they do with the other seeds' widening.",
+        "own intervals hold the actual change as often as they say, and how often with that of the other seeds.",
         "",
         "| solver | mode | the actual change | the mean prediction | widening | then |",
         "| --- | --- | ---: | ---: | ---: | ---: |",

@@ -191,7 +191,7 @@ def plan(config: Config, shapes: PretrainedConfig, cluster: Cluster, device_memo
             "influence.layers",
             f"the solve needs {found.influence_solve / GIB:.1f} GiB in each worker, which has "
             f"{found.available / GIB:.1f} GiB",
-            "track fewer or smaller layers, lower resources.batch_tokens, take solver `kfac`, or use a larger device",
+            "track fewer or smaller layers, lower resources.batch_tokens, or use a larger device",
         )
     if found.influence_pass > found.available and not config.resources.layer_blocks:
         raise BadInput(
