@@ -27,6 +27,12 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override a field: a.b=c. May be given again.", show_default=False)
 ]
 
+Address = Annotated[
+    str | None,
+    typer.Option(help="The cluster's job API, e.g. http://head:8265.  [default: RAY_API_SERVER_ADDRESS, or here]"),
+]
+Job = Annotated[str, typer.Argument(help="As `ideal status` lists it.", show_default=False)]
+
 
 @app.command()
 def run(
@@ -97,6 +103,49 @@ def sensitivity(config: ConfigPath, set_: Overrides = None) -> None:
     from service.sensitivity import examine
 
     examine(configs.load(config, set_), Console())
+
+
+@app.command()
+def submit(
+    config: ConfigPath,
+    set_: Overrides = None,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option(help="Show its output until it ends.")] = True,
+) -> None:
+    """Run a config on a cluster, as a Ray job of its own; the same run a second time joins the first."""
+    from service import submit as jobs
+
+    if not jobs.submit(configs.load(config, set_), Console(), address, follow=follow):
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(address: Address = None) -> None:
+    """List a cluster's jobs."""
+    from service import submit as jobs
+
+    jobs.status(Console(), address)
+
+
+@app.command()
+def logs(
+    job: Job,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option(help="Until the job ends.")] = True,
+) -> None:
+    """Show a job's output."""
+    from service import submit as jobs
+
+    if not jobs.show(job, Console(), address, follow=follow):
+        raise typer.Exit(1)
+
+
+@app.command()
+def stop(job: Job, address: Address = None) -> None:
+    """End a job. What it has finished stays recorded."""
+    from service import submit as jobs
+
+    jobs.stop(job, Console(), address)
 
 
 @app.command()

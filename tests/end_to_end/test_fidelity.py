@@ -13,52 +13,35 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.command import Command, Ended
+from tests.end_to_end.codes import MADE, SFT, file
 
-WORDS = ("apple", "bread", "chair", "dance")
 DOMAINS = ["plain", "twin", "contrary", "noise"]
 SOLVERS = ["kfac", "joint", "exact"]
 pytestmark = pytest.mark.timeout(900)  # minutes, where the machine is shared
 
 
-def rows(kind: str, count: int, start: int) -> list[dict[str, str]]:
-    """Codes of words: one digit for each word. `twin` asks for the same codes in other words, `contrary` asks as
-    `plain` does and gets other codes, `noise` gets any; `corpus`, which the base model is made of, is noise in all
-    words."""
-    random = np.random.default_rng([start, len(kind)])
-    made = []
-    for n in range(start, start + count):
-        word, any_code = int(random.integers(len(WORDS))), int(random.integers(len(WORDS)))
-        code = {"contrary": (word + 1) % len(WORDS), "noise": any_code, "corpus": any_code}.get(kind, word)
-        ask = {"twin": "Item", "noise": "Tag", "corpus": ("Case", "Item", "Tag")[n % 3]}.get(kind, "Case")
-        made.append({"prompt": f"{ask} {n} {WORDS[word]}", "completion": str(code)})
-    return made
-
-
 def settings(folder: Path) -> dict[str, Any]:
-    def file(kind: str, part: str, count: int, start: int) -> dict[str, Any]:
-        path = folder / f"{kind}-{part}.jsonl"
-        path.write_text("\n".join(map(json.dumps, rows(kind, count, start))))
-        return {"files": [str(path)]}
-
-    corpus = [file("corpus", "corpus", 480, 20_000)]
+    corpus = [file(folder, "corpus", "corpus", 480, 20_000)]
     return {
         "name": "planted",
         "model": {
             "source": "made",
             "max_tokens": 64,
-            "made": {"corpus": corpus, "hidden": 64, "layers": 2, "vocabulary": 360, "epochs": 4},
+            "made": {"corpus": corpus, **MADE},
         },
         "domains": [
             {
                 "name": kind,
                 "volume": 96,
-                "train": file(kind, "train", 192, 0),
-                "reference": file("plain" if kind == "noise" else kind, f"{kind}-reference", 48, 10_000 + 100 * number),
+                "train": file(folder, kind, "train", 192, 0),
+                "reference": file(
+                    folder, "plain" if kind == "noise" else kind, f"{kind}-reference", 48, 10_000 + 100 * number
+                ),
             }
             for number, kind in enumerate(DOMAINS)
         ],
         "benchmarks": [{"name": "unused", "reasoning_gym": "chain_sum", "size": 4}],
-        "sft": {"epochs": 4, "learning_rate": 3e-3, "batch_examples": 16, "precision": "fp32"},
+        "sft": SFT,
         "influence": {"blocks": 4, "examples": 96, "precision": "fp32"},
         "fidelity": {
             "seeds": 4,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from tests.command import Command, Ended
+from tests.command import IDEAL, Command, Ended
 from tests.tiny import make_model
 
 VOLUMES = {"sums": 24, "words": 112, "echo": 24}
@@ -161,6 +163,83 @@ def test_sensitivity_needs_nothing_but_the_records(command: Command, whole: Ende
         "sensitivity.md",
     }
     assert command.records() == before
+
+
+@pytest.fixture(scope="module")
+def cluster(command: Command, whole: Ended) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """The ``ideal`` command on a Ray cluster that lets in who has its token."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(5)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        ports = [each.getsockname()[1] for each in sockets]
+    head, dashboard, agent, client, metrics = map(str, ports)
+    environment = {
+        **command.environment,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "a-token-of-this-test-alone-0123456789",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "PATH": f"{IDEAL.parent}:{os.environ['PATH']}",
+    }
+    start = ["start", "--head", "--num-cpus=2", f"--port={head}", f"--dashboard-port={dashboard}"]
+    start += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
+    start += [f"--metrics-export-port={metrics}", "--disable-usage-stats"]
+    subprocess.run([IDEAL.parent / "ray", *start], env=environment, check=True, capture_output=True)
+
+    def ideal(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        environ = {**environment, **changes}
+        return subprocess.run([IDEAL, *arguments], env=environ, capture_output=True, text=True, timeout=300)
+
+    yield ideal
+    command.clean()
+
+
+def test_a_submitted_run_is_a_job_of_its_own(
+    command: Command, cluster: Callable[..., subprocess.CompletedProcess[str]], whole: Ended
+) -> None:
+    """Its output comes back, what is recorded is not done again, and it has the run's own name."""
+    before = command.records()
+    done = cluster("submit", str(command.config))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing to do" in done.stdout
+    assert table(done.stdout) == table(whole.output)
+    assert command.records() == before
+    (report,) = (command.storage / "runs").glob("*/report.md")
+    name = report.parent.name
+    assert f"{name} submitted" in done.stdout
+    listed = next(line for line in cluster("status").stdout.splitlines() if name in line)
+    assert "SUCCEEDED" in listed
+    assert "nothing to do" in cluster("logs", name, "--no-follow").stdout
+    again = cluster("submit", str(command.config))
+    assert again.returncode == 0
+    assert "it goes on from its records" in again.stdout
+
+
+def test_a_submitted_run_is_there_once_and_can_be_stopped(
+    command: Command, cluster: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    other = ("submit", str(command.config), "--set", "seed=7", "--no-follow")
+    first, second = cluster(*other), cluster(*other)
+    name = first.stdout.split()[0]
+    assert f"{name} submitted" in first.stdout
+    assert f"{name} is there already" in second.stdout
+    stopped = cluster("stop", name)
+    assert stopped.returncode == 0, stopped.stderr
+    assert next(line for line in cluster("status").stdout.splitlines() if name in line).count("STOPPED") == 1
+    assert "had ended already" in cluster("stop", name).stdout
+
+
+def test_without_its_token_a_cluster_lets_no_one_in(
+    command: Command, cluster: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    for arguments in (["status"], ["submit", str(command.config)]):
+        ended = cluster(*arguments, RAY_AUTH_TOKEN="another-token-0123456789-0123456789")
+        assert ended.returncode == 2, ended.stdout
+        assert "no job API answers" in ended.stderr
+        assert "Traceback" not in ended.stderr
+    unknown = cluster("logs", "nothing")
+    assert unknown.returncode == 2
+    assert "there is no nothing on this cluster" in unknown.stderr
 
 
 def test_killed_at_any_moment_it_goes_on_and_ends_the_same(
