@@ -17,6 +17,7 @@ from rich.table import Table
 from ideal.config import Config
 from ideal.equilibrium import token_weights
 from ideal.pairs import Pair, pairs
+from ideal.solvers import coupled
 from service.driver import Iteration, Outcome
 
 Rows = list[tuple[str, list[list[str]]]]
@@ -206,7 +207,8 @@ def _markdown(config: Config, outcome: Outcome, pictures: list[str], found_pairs
 def _curvature(config: Config, outcome: Outcome) -> list[str]:
     """How well each influence's system was behaved; a layer that needed help is named."""
     settings = config.influence
-    lines = ["## Curvature", "", f"Solver `{settings.solver}`, damping {settings.damping}.", ""]
+    together = ", its layers combined" if coupled(settings.solver, settings) else ""
+    lines = ["## Curvature", "", f"Solver `{settings.solver}`{together}, damping {settings.damping}.", ""]
     for iteration in outcome.iterations:
         if not iteration.influence:
             continue
