@@ -118,7 +118,8 @@ def agreement(
 ) -> dict[str, Measure]:
     """How far the mean prediction agrees with the mean actual change, by every measure.
 
-    ``signs`` is the share of right signs among the entries that the retrainings decide.
+    ``signs`` is the share of right signs among the entries that the retrainings decide; ``single`` is what a run has,
+    which predicts from one training: the mean Pearson correlation of one seed's prediction with the mean actual change.
 
     Args:
         prediction, actual: [S, ...] by seed; pairs are resampled together.
@@ -137,6 +138,8 @@ def agreement(
         cloud = [measure(prediction[d].mean(0), actual[d].mean(0)) for d in draws]
         value = measure(prediction.mean(0), actual.mean(0))
         found[name] = Measure(value, *np.quantile(cloud, [tail, 1 - tail]).tolist())
+    alone = np.array([pearson(one, actual.mean(0)) for one in prediction])
+    found["single"] = Measure(float(alone.mean()), *np.quantile(alone[draws].mean(1), [tail, 1 - tail]).tolist())
     cloud = [signs(d) for d in draws]
     found["signs"] = Measure(signs(everything), *np.quantile(cloud, [tail, 1 - tail]).tolist())
     return found

@@ -22,7 +22,7 @@ from ideal.influence import Array
 from service.fidelity import Findings
 
 FORMS = {"centred": True, "uncentred": False}
-COLUMNS = ["pearson", "spearman", "cosine", "signs", "slope"]
+COLUMNS = ["pearson", "single", "spearman", "cosine", "signs", "slope"]
 SCOPES: dict[str, Callable[[Array], Array]] = {
     "matrix": np.asarray,
     "macro": lambda values: np.asarray(values.mean(-1)),
@@ -174,7 +174,8 @@ def markdown(found: dict[str, Any], config: Config) -> str:
         f"# {config.name}: how far influence predicts retraining",
         "",
         f"{found['seeds']} seeds; every volume moved by ±{found['change']:.0%}. In brackets: "
-        "90 % bootstrap intervals over seeds; of the ceiling, the middle 90 % of halvings.",
+        "90 % bootstrap intervals over seeds; of the ceiling, the middle 90 % of halvings. `single`: Pearson of one "
+        "seed's prediction, which is what a run has.",
         "",
     ]
     for heading, columns, rows in tables(found):

@@ -65,6 +65,12 @@ def test_one_that_is_noise_does_not_and_its_interval_says_so() -> None:
     assert found["pearson"].low < 0 < found["pearson"].high
 
 
+def test_seeds_that_differ_are_better_together_than_alone() -> None:
+    found = agreement(noisy(TRUTH, 12, 2.0), noisy(TRUTH, 12, 1e-6), 0)
+    assert found["single"].value == pytest.approx(1 / np.sqrt(1 + 4 / TRUTH.var()), abs=0.1)
+    assert found["single"].low < found["single"].value < found["single"].high < found["pearson"].value
+
+
 def test_only_signs_that_the_retrainings_decide_are_counted() -> None:
     actual = noisy(np.array([1.0, -1.0, 0.0, 0.0, 0.0]), 10, 0.3)
     assert decided(actual)[:2].all()
