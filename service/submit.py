@@ -34,14 +34,13 @@ def job_id(config: Config) -> str:
     return f"{config.name}-{run_key(config)}"
 
 
-def submit(config: Config, console: Console, address: str | None, kind: str = "optimize", follow: bool = True) -> bool:
+def submit(config: Config, console: Console, address: str | None, follow: bool = True) -> bool:
     """Start a run on a cluster, or join it if it is there, and show its output until it ends.
 
     A run that ended before, in whatever way, is started again: it goes on from its records.
 
     Args:
         address: of the cluster's job API. Default: RAY_API_SERVER_ADDRESS, else this machine's port 8265.
-        kind: `optimize` or another of ``jobs``.
         follow: False returns once it is submitted.
 
     Returns:
@@ -61,7 +60,7 @@ def submit(config: Config, console: Console, address: str | None, kind: str = "o
         with tempfile.TemporaryDirectory() as folder:
             _pack(Path(folder), config)
             cluster.submit_job(
-                entrypoint=f"python -m jobs.{kind} {CONFIG}",
+                entrypoint=f"python -m jobs.optimize {CONFIG}",
                 submission_id=name,
                 runtime_env={"working_dir": folder},
                 metadata={"config": config.name},
