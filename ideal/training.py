@@ -76,7 +76,7 @@ def plan(volumes: Mapping[str, int], config: SftConfig, seed: int) -> list[Step]
 
 def averaged_steps(total: int, share: float) -> list[int]:
     """After which steps weights are taken into the mean: ``SNAPSHOTS`` or fewer, evenly over this share at the end."""
-    tail = math.ceil(total * share)
+    tail = max(round(total * share), 1 if share else 0)
     return [total - 1 - n * tail // min(tail, SNAPSHOTS) for n in range(min(tail, SNAPSHOTS))]
 
 
