@@ -10,13 +10,14 @@ Sources named below: *paper* is IDEAL (arXiv 2505.12762), *K-FAC* is Martens & G
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ideal.errors import BadInput
 
@@ -27,15 +28,31 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Solver = Literal["identity", "adam", "kfac", "ekfac", "exact"]
 
 
+def _json(value: dict[str, Any]) -> dict[str, Any]:
+    if not _is_json(value):
+        raise ValueError("holds what JSON can't: numbers that aren't finite, dates, or keys that aren't text")
+    return value
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+Options = Annotated[dict[str, Any], AfterValidator(_json)]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Source(Section):
     """Where rows come from: exactly one of `reasoning_gym`, `files` or `hub`."""
 
     reasoning_gym: str | None = Field(None, description="Name of a reasoning-gym task, e.g. chain_sum.")
-    options: dict[str, Any] = Field({}, description="Difficulty settings of the reasoning-gym task.")
+    options: Options = Field({}, description="Difficulty settings of the reasoning-gym task.")
     size: PositiveInt | None = Field(
         None, description="Rows: how many reasoning-gym makes, or at most this many of a file or hub split."
     )
@@ -147,7 +164,7 @@ class BenchmarkConfig(Section):
     system: str | None = Field(None, description="System message before every prompt. Default: the task's, or none.")
     chat: bool = Field(True, description="Put prompts through the model's chat template.")
     reasoning_gym: str | None = Field(None, description="Name of a reasoning-gym task with its own scorer.")
-    options: dict[str, Any] = Field({}, description="Difficulty settings of the reasoning-gym task.")
+    options: Options = Field({}, description="Difficulty settings of the reasoning-gym task.")
     size: PositiveInt | None = Field(None, description="Items that reasoning-gym makes.")
     seed: int = Field(0, description="reasoning-gym makes item i from the number seed + i.")
 
@@ -274,7 +291,7 @@ class FidelityConfig(Section):
     modes: list[Literal["steps", "epochs"]] = Field(
         ["steps", "epochs"], min_length=1, description="What is kept when a volume changes: the total, or the others."
     )
-    solvers: dict[Name, dict[str, Any]] = Field(
+    solvers: dict[Name, Options] = Field(
         {
             "identity": {"solver": "identity", "joint": False},
             "adam": {"solver": "adam", "joint": False},

@@ -186,8 +186,8 @@ def _with_wrong_answers(found: Iterator[Row], source: Source, where: str) -> Ite
     answers = {n: talk[-1]["content"] for n, (_, talk) in enumerate(talks) if talk}
     swapped = dict(zip(chosen, [answers[n] for n in [*chosen[1:], *chosen[:1]]], strict=True))
     for number, (place, talk) in enumerate(talks):
-        if talk is None:
-            yield place, None
+        if not talk:
+            yield place, None if talk is None else {"messages": []}
         else:
             last = {"role": talk[-1]["role"], "content": swapped.get(number, talk[-1]["content"])}
             yield place, {"messages": [*talk[:-1], last]}
