@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ideal import config as configs
+from ideal.config_file import load
 from ideal.errors import BadInput
 from service.environment import prepare
 from service.failures import StageFailed
@@ -46,7 +46,7 @@ def run(
     from service import check
     from service import run as runs
 
-    loaded = configs.load(config, set_)
+    loaded = load(config, set_)
     if dry_run:
         check.dry_run(loaded, Console())
     else:
@@ -70,7 +70,7 @@ def plan(
     from service.forecast import forecast
 
     forecast(
-        configs.load(config, set_),
+        load(config, set_),
         Console(),
         model=model,
         gpus=gpus,
@@ -85,7 +85,7 @@ def sync(config: ConfigPath, set_: Overrides = None) -> None:
     """Write to MLflow what it missed of a run while it couldn't be reached."""
     from service import run as runs
 
-    if not runs.sync(configs.load(config, set_), Console()):
+    if not runs.sync(load(config, set_), Console()):
         raise typer.Exit(1)
 
 
@@ -94,7 +94,7 @@ def fidelity(config: ConfigPath, set_: Overrides = None) -> None:
     """Measure how well each solver's influence predicts what retraining does."""
     from service import run as runs
 
-    runs.fidelity(configs.load(config, set_), Console())
+    runs.fidelity(load(config, set_), Console())
 
 
 @app.command()
@@ -102,7 +102,7 @@ def sensitivity(config: ConfigPath, set_: Overrides = None) -> None:
     """Say how the mixture hangs on the reference set, from a run's records; starts nothing."""
     from service.sensitivity import examine
 
-    examine(configs.load(config, set_), Console())
+    examine(load(config, set_), Console())
 
 
 @app.command()
@@ -115,7 +115,7 @@ def submit(
     """Run a config on a cluster, as a Ray job of its own; the same run a second time joins the first."""
     from service import submit as jobs
 
-    if not jobs.submit(configs.load(config, set_), Console(), address, follow=follow):
+    if not jobs.submit(load(config, set_), Console(), address, follow=follow):
         raise typer.Exit(1)
 
 

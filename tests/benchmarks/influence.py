@@ -38,7 +38,8 @@ from torch import nn
 
 from ideal.batches import IGNORED, Item, batches, length
 from ideal.chat import ChatEncoder
-from ideal.config import InfluenceConfig, load
+from ideal.config import InfluenceConfig
+from ideal.config_file import load
 from ideal.curvature.accumulate import Block, sample_labels
 from ideal.curvature.layers import tracked_layers
 from ideal.domains import prepare

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ideal.config import Config, Section, load, parse
+from ideal.config import Config, Section
+from ideal.config_file import load, parse
 from ideal.errors import BadInput
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ideal.chat import ChatEncoder
-from ideal.config import Config, parse
+from ideal.config import Config
+from ideal.config_file import parse
 from ideal.domains import Domain, prepare, starting_volumes
 from ideal.errors import BadInput
 from tests.tiny import make_tokenizer

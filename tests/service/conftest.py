@@ -13,7 +13,8 @@ import pytest
 import ray
 
 from ideal.chat import Example
-from ideal.config import Config, parse
+from ideal.config import Config
+from ideal.config_file import parse
 from ideal.equilibrium import Update
 from ideal.examples import ExampleSet
 from ideal.influence import InfluenceTable

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ideal.config import Config, load
+from ideal.config import Config
+from ideal.config_file import load
 from service.cli import guarded
 from service.failures import StageFailed
 from tests.service.conftest import tree

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 from transformers import AutoConfig
 
-from ideal.config import Config, load
+from ideal.config import Config
+from ideal.config_file import load
 from ideal.errors import BadInput
 from service.cluster import Cluster
 from service.forecast import ABSENT_GPU, Work, forecast, read_bytes, read_work, seconds

@@ -33,7 +33,7 @@ TOLERANCE = 1e-3  # of the largest entry: fp32 sums in another order
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    from ideal.config import parse
+    from ideal.config_file import parse
     from tests.service.conftest import tree
 
     folder = tmp_path_factory.mktemp("influence")

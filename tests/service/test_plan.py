@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from ideal.chat import Example
-from ideal.config import Config, load
+from ideal.config import Config
+from ideal.config_file import load
 from ideal.curvature.layers import layer_shapes
 from ideal.errors import BadInput
 from ideal.examples import ExampleSet
