@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 from rich.markup import escape
@@ -138,13 +139,13 @@ def client(address: str | None) -> JobSubmissionClient:
     """
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         where = address or "this machine (RAY_API_SERVER_ADDRESS names another)"
-        said = " ".join(str(error).split())
+        said = str(error).strip().splitlines()[0]
         hint = (
             "check the address; for a cluster with a token: export RAY_AUTH_MODE=token, and its token as Ray wants it"
         )
-        raise BadInput("--address", f"no job API answers at {where}: {said}", hint) from None
+        raise BadInput("--address", f"no job API lets us in at {where}: {said}", hint) from None
 
 
 def _jobs(cluster: JobSubmissionClient) -> dict[str, JobDetails]:

@@ -235,7 +235,7 @@ def test_without_its_token_a_cluster_lets_no_one_in(
     for arguments in (["status"], ["submit", str(command.config)]):
         ended = cluster(*arguments, RAY_AUTH_TOKEN="another-token-0123456789-0123456789")
         assert ended.returncode == 2, ended.stdout
-        assert "no job API answers" in ended.stderr
+        assert "no job API lets us in" in ended.stderr
         assert "Traceback" not in ended.stderr
     unknown = cluster("logs", "nothing")
     assert unknown.returncode == 2
