@@ -15,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ideal.config import ResourcesConfig, SftConfig
+from ideal.training import AVERAGE
 from service.cluster import Cluster
-from service.data import MODEL
+from service.data import MODEL, for_influence
 from service.sft import sft
 from service.stages import WORK
 
@@ -35,6 +36,7 @@ def fit(folder: Path, base: Path, data: Path, workers: int, progress: Progress) 
         data=data,
         volumes=VOLUMES,
         config=SETTINGS,
+        averaged=0.75,
         seed=0,
         resources=ResourcesConfig(checkpoint_steps=3, batch_tokens=64),
         cluster=Cluster(cpus=2, gpus=0, nodes=1, sft_workers=workers, sft_cpus=1, influence_workers=1),
@@ -49,8 +51,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory, base: Path, data: Path) -> t
     return folder, fit(folder, base, data, 1, lambda *_: None)
 
 
-def weights(folder: Path) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder / MODEL)
+def weights(folder: Path, kind: str = MODEL) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder / kind)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -102,3 +104,7 @@ def test_a_killed_worker_goes_on_from_its_checkpoint(
     assert seen.read_text().split() == ["1", "2", "3", "4", "5", "4", "5", "6", "7", "8"]
     assert losses(tmp_path / "killed") == pytest.approx(losses(alone[0]), rel=1e-6)
     torch.testing.assert_close(weights(tmp_path / "killed"), weights(alone[0]), rtol=0, atol=1e-6)
+    average = weights(alone[0], AVERAGE)
+    torch.testing.assert_close(weights(tmp_path / "killed", AVERAGE), average, rtol=0, atol=1e-6)
+    assert (average - weights(alone[0])).abs().max() > 1e-5, "it isn't the last step's"
+    assert for_influence(alone[0]) == alone[0] / AVERAGE
