@@ -70,3 +70,14 @@ def lambdas(model: LlamaForCausalLM, seed: int = 5) -> dict[str, torch.Tensor]:
         f"{layer}.weight": 10 ** (2 * torch.rand(s, generator=random, dtype=torch.float64) - 2)
         for layer, s in sizes(model).items()
     }
+
+
+def diagonal(own: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[n] an optimiser's Λ of all layers."""
+    return torch.cat([own[f"{layer}.weight"].flatten() for layer in MLP])
+
+
+def layer_by_layer(model: LlamaForCausalLM, h: torch.Tensor) -> torch.Tensor:
+    """[n, n] the matrix without what is between layers."""
+    counts = [shape.numel() for shape in sizes(model).values()]
+    return torch.block_diag(*(part.split(counts, 1)[n] for n, part in enumerate(h.split(counts))))

@@ -33,8 +33,10 @@ from tests.ideal.dense import (
     WEIGHTS,
     blocks,
     dense_gauss_newton,
+    diagonal,
     flat,
     lambdas,
+    layer_by_layer,
     mean_gradients,
     random_vectors,
     sizes,
@@ -67,16 +69,13 @@ def test_exact_influence_is_the_dense_solve(model: LlamaForCausalLM) -> None:
     own = lambdas(model)
     found = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="exact", schedule=own).matrix()
     h = dense_gauss_newton(model)
-    damping = torch.cat([own[f"{layer}.weight"].flatten() for layer in MLP])
+    damping = diagonal(own)
     g = torch.stack([mean_gradients(model, d) for d in DOMAINS])
     r = torch.stack([mean_gradients(model, d) for d in REFERENCES])
     right = (g @ torch.linalg.solve(h + torch.diag(damping), r.T)).numpy()
     np.testing.assert_allclose(found, right, rtol=BOUND, atol=BOUND * np.abs(right).max())
 
-    blockwise, start = torch.zeros_like(h), 0
-    for layer in MLP:
-        part = slice(start, start + own[f"{layer}.weight"].numel())
-        blockwise[part, part], start = h[part, part], part.stop
+    blockwise = layer_by_layer(model, h)
     wrong = {
         "identity": influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="identity").matrix(),
         "the optimiser alone": influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="adam", schedule=own).matrix(),
@@ -210,7 +209,7 @@ def sizes_before(model: LlamaForCausalLM, layer: str) -> list[tuple[str, torch.S
 def test_adam_divides_by_the_optimisers_damping(model: LlamaForCausalLM) -> None:
     own = lambdas(model)
     found = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="adam", schedule=own).matrix()
-    damping = torch.cat([own[f"{layer}.weight"].flatten() for layer in MLP])
+    damping = diagonal(own)
     right = [
         [float((mean_gradients(model, d) * mean_gradients(model, r) / damping).sum()) for r in REFERENCES]
         for d in DOMAINS

@@ -16,13 +16,15 @@ from tests.ideal.dense import (
     WEIGHTS,
     blocks,
     dense_gauss_newton,
+    diagonal,
     flat,
     lambdas,
+    layer_by_layer,
     mean_gradients,
     random_vectors,
     sizes,
 )
-from tests.ideal.made import MLP, eigens, influence, llama, run
+from tests.ideal.made import eigens, influence, llama, run
 
 CPU = torch.device("cpu")
 DAMPING = 0.05
@@ -65,10 +67,6 @@ def solved_by(model: LlamaForCausalLM, solver: str, own: dict[str, torch.Tensor]
     return torch.cat(parts, 1)
 
 
-def diagonal(own: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat([own[f"{layer}.weight"].flatten() for layer in MLP])
-
-
 def projected(u: torch.Tensor, matrix: torch.Tensor) -> Array:
     """G U (Uᵀ M U)⁻¹ Uᵀ R: the definition."""
     g, r = gradients()
@@ -86,10 +84,7 @@ def test_influence_is_the_projected_solve(model: LlamaForCausalLM, solver: str) 
     right = projected(u, damped)
     np.testing.assert_allclose(found, right, rtol=1e-6)
 
-    blockwise, start = torch.zeros_like(h), 0
-    for layer in MLP:
-        part = slice(start, start + own[f"{layer}.weight"].numel())
-        blockwise[part, part], start = h[part, part], part.stop
+    blockwise = layer_by_layer(model, h)
     wrong = {
         "plain": influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="identity").matrix(),
         "the solver alone": influence(model, DOMAINS, REFERENCES, WEIGHTS, solver=solver, **given).matrix(),  # type: ignore[arg-type]
