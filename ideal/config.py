@@ -217,7 +217,8 @@ class InfluenceConfig(Section):
         "(√v̂ + ε) / (sum of learning rates).",
     )
     curvature_examples: PositiveInt = Field(
-        8, description="Examples of each domain in the sample that `joint` and `exact` see the curvature on."
+        32,
+        description="Examples of the sample, as many of each domain, that `joint` and `exact` see the curvature on.",
     )
     products: PositiveInt = Field(
         8, description="Most curvature products of `exact` for each reference set; fewer leave a larger residual."

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Protocol
 
 import numpy as np
@@ -206,17 +207,17 @@ def exact_damping(
 
 
 def curvature_blocks(blocks: Sequence[Block], domains: int, settings: InfluenceConfig, parts: int = 1) -> list[Block]:
-    """Some of each domain's examples, from all of its blocks, with weights that sum to the domain's: for `exact`.
+    """Equally many examples of each domain, from all of its blocks in turn, with weights that sum to the domain's.
 
     Args:
         parts: blocks to deal a domain's examples to; as few as there is work to divide, since batches are made of one.
     """
     taken: list[Block] = []
-    share = -(-settings.curvature_examples // settings.blocks)
+    each = -(-settings.curvature_examples // domains)
     for j in range(domains):
         own = blocks[j * settings.blocks : (j + 1) * settings.blocks]
-        items = [item for block in own for item in block.items[:share]]
-        keys = [key for block in own for key in block.keys[:share]]
+        rows = zip_longest(*(zip(block.items, block.keys, strict=True) for block in own))
+        items, keys = zip(*[pair for row in rows for pair in row if pair][:each], strict=True)
         dealt = [Block(own[0].set, n, items[n::parts], keys[n::parts], 1.0) for n in range(min(parts, len(items)))]
         tokens = sum(block.supervised() for block in dealt)
         weight = own[0].weight * sum(block.supervised() for block in own) / tokens
@@ -314,7 +315,7 @@ def _combination(
     """[sets, sets] W of the sets' solutions."""
     forms = quadratic_forms(
         model,
-        lambda k: {layer: x[k] for layer, x in solved.items()},
+        lambda start, end: {layer: x[start:end] for layer, x in solved.items()},
         len(next(iter(solved.values()))),
         curvature_blocks(sample.blocks, sample.domains, sample.settings),
         sample.batch_tokens,

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ideal.batches import Item, batches, length
+from ideal.batches import IGNORED, Item, batches, length
 from ideal.config import SftConfig
 from ideal.examples import ExampleSet
 from ideal.mixture import data_order, draw
@@ -292,11 +292,16 @@ def train(
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, examples: ExampleSet, device: torch.device, batch_tokens: int) -> tuple[float, int]:
-    """A set's mean loss per supervised token in nats, and how many tokens that is."""
-    total, count = 0.0, 0
-    for _, batch in batches(list(examples), batch_tokens):
+def example_losses(
+    model: nn.Module, examples: ExampleSet, device: torch.device, batch_tokens: int
+) -> tuple[list[float], list[int]]:
+    """Each example's loss, summed over its supervised tokens, in nats, and how many tokens those are."""
+    losses, tokens = [0.0] * len(examples), [0] * len(examples)
+    for members, batch in batches(list(examples), batch_tokens):
         moved = batch.to(device)
-        total += float(summed_loss(supervised_logits(model, moved), moved))
-        count += int((moved.targets >= 0).sum())
-    return total / count, count
+        supervised = moved.targets != IGNORED
+        each = nn.functional.cross_entropy(supervised_logits(model, moved), moved.targets[supervised], reduction="none")
+        counts = supervised.sum(1).tolist()
+        for member, part, count in zip(members, torch.split(each.double(), counts), counts, strict=True):
+            losses[member], tokens[member] = float(part.sum()), count
+    return losses, tokens

@@ -98,6 +98,36 @@ def fidelity(config: ConfigPath, set_: Overrides = None) -> None:
 
 
 @app.command()
+def sweep(
+    config: ConfigPath,
+    m: Annotated[str | None, typer.Option(help="Values of the update scale, e.g. 0.15,0.3,0.5.")] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Values of any field: a.b=x,y,z; `seed` makes repeats. May be given again.", show_default=False
+        ),
+    ] = None,
+    set_: Overrides = None,
+    concurrent: Annotated[int, typer.Option(min=1, help="Trials at a time.")] = 2,
+    stop_behind: Annotated[
+        bool, typer.Option("--stop-behind", help="Stop a trial that falls behind the median of the others.")
+    ] = False,
+) -> None:
+    """Run an optimisation for each value, sharing every stage that doesn't depend on it, and say which is best."""
+    from service import sweep as sweeps
+    from service import sweep_report
+
+    values = {"equilibrium.m": m.split(",")} if m else {}
+    for each in param or []:
+        path, _, listed = each.partition("=")
+        values[path] = listed.split(",") if listed else []
+    trials = sweeps.grid(config, set_, values)
+    sweep_report.present(
+        sweeps.run_trials(trials, Console(), concurrent=concurrent, stop_behind=stop_behind), Console()
+    )
+
+
+@app.command()
 def sensitivity(config: ConfigPath, set_: Overrides = None) -> None:
     """Say how the mixture hangs on the reference set, from a run's records; starts nothing."""
     from service.sensitivity import examine

@@ -29,6 +29,7 @@ class Cluster:
         sft_workers: data-parallel training workers, each with one GPU or ``sft_cpus`` CPUs.
         influence_workers: actors, each with one GPU or one CPU.
         benchmark_gpus: GPUs of the benchmark engine; 0 on CPU.
+        shared: by several runs, so that none may hold what it doesn't use.
     """
 
     cpus: int
@@ -37,6 +38,7 @@ class Cluster:
     sft_workers: int
     sft_cpus: int
     influence_workers: int
+    shared: bool = False
 
     @property
     def benchmark_gpus(self) -> int:
@@ -52,7 +54,7 @@ class Cluster:
     @property
     def keep_engine(self) -> bool:
         """Whether the benchmark engine may stay while SFT runs. On CPU it holds no CPU while it is idle."""
-        return not self.gpus or self.gpus > max(self.sft_workers, self.influence_workers)
+        return not self.gpus or (not self.shared and self.gpus > max(self.sft_workers, self.influence_workers))
 
     def per_worker(self, cpus: int) -> dict[str, float]:
         """Ray resources of one worker."""

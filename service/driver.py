@@ -204,6 +204,7 @@ class Optimisation(Study):
             stage,
             f"D{number} reference",
             lambda folder, progress: reference_losses(
+                folder,
                 checkpoint=trained.folder,
                 data=self.data.folder,
                 domains=list(volumes),

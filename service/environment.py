@@ -9,6 +9,7 @@ import warnings
 from urllib.parse import urlparse
 
 SETTINGS = {
+    "RAY_AIR_NEW_OUTPUT": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -34,7 +34,7 @@ from service.cluster import Reservation
 from service.data import MODEL, for_influence, train_file
 from service.influence import TABLE
 from service.progress import Reporter
-from service.reference import losses_of
+from service.reference import losses_of, means
 from service.sample import Sample
 from service.stages import Record, Stage
 from service.study import Study
@@ -241,13 +241,13 @@ class Retrainer:
         for log in train(trainer, pools, volumes, seed, config.influence.averaged if keep else 0.0):
             progress(f"loss {log.loss:.3f}", log.step, log.step + 1)
         trainer.model.eval()
-        found = losses_of(trainer.model, self.data, volumes, self.device, config.resources.batch_tokens, progress)
+        losses = losses_of(trainer.model, self.data, volumes, self.device, config.resources.batch_tokens, progress)
         if keep:
             trainer.save_model(keep / MODEL)
             trainer.save_damping(keep)
             if config.influence.averaged:
                 trainer.save_average(keep / AVERAGE)
-        return found
+        return means(losses)
 
     def predict(
         self,

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ideal import model as models
 from ideal.config import Config, Source
+from ideal.curvature.joint import at_once
 from ideal.curvature.layers import input_group
 from ideal.errors import BadInput
 from ideal.solvers import FACTORED, coupled, needs_factors
@@ -277,14 +278,16 @@ def _exact(config: Config, sizes: Sizes, work: Work, shards: int, rates: Rates) 
 
 
 def _forms(config: Config, sizes: Sizes, work: Work, actors: int, rates: Rates) -> float:
-    """Seconds of a forward pass over the curvature's examples with a tangent, twice its work, for every set."""
-    passes = 3 * 2 * len(config.domains)
+    """Seconds of forward passes over the curvature's examples with every set's tangent, twice the work of a pass."""
+    sets = 2 * len(config.domains)
+    passes = 2 * sets + math.ceil(sets / at_once(sizes.parameters, sizes.tracked_weights))
     return _curvature_tokens(config, work) / actors * passes * 2 * (sizes.body + sizes.head) / rates.model
 
 
 def _curvature_tokens(config: Config, work: Work) -> int:
     settings = config.influence
-    examples = sum(min(settings.curvature_examples, settings.examples, volume) for volume in work.volumes)
+    each = -(-settings.curvature_examples // len(work.volumes))
+    examples = sum(min(each, settings.examples, volume) for volume in work.volumes)
     return examples * work.tokens
 
 

@@ -158,8 +158,7 @@ class InfluenceActor:
         damping = None
         if coupled(self.config.influence.solver, self.config.influence):
             damping = damping_forms(solved, self._own(layer))
-            kept = solved.to(DTYPES[self.config.influence.precision]).cpu()
-            save_file({str(k): x.clone() for k, x in enumerate(kept)}, self._solutions(layer))
+            save_file({"x": solved.to(DTYPES[self.config.influence.precision]).cpu()}, self._solutions(layer))
         if isinstance(solver, Eigen):
             return Solved(products, solver.condition, solver.ridge, damping=damping)
         return Solved(products, damping=damping)
@@ -176,7 +175,7 @@ class InfluenceActor:
         chosen = curvature_blocks(self.sample.blocks(), domains, settings, parts)
         return quadratic_forms(
             load_model(self.model, DTYPES[settings.precision], self.device),
-            lambda k: {layer: read_tensor(self._solutions(layer), str(k), self.device) for layer in layers},
+            lambda start, end: {layer: self._read_solutions(layer, start, end) for layer in layers},
             2 * domains,
             [chosen[index] for index in members],
             self.config.resources.batch_tokens,
@@ -298,6 +297,12 @@ class InfluenceActor:
 
     def _solutions(self, layer: str) -> Path:
         return self.scratch.parent / f"solutions-{layer}.safetensors"
+
+    def _read_solutions(self, layer: str, start: int, end: int) -> torch.Tensor:
+        """[end - start, d_out, d_in] some sets' solutions of a layer."""
+        with safe_open(self._solutions(layer), framework="pt") as tensors:
+            some: torch.Tensor = tensors.get_slice("x")[start:end]
+        return some.to(self.device)
 
     def _read(self, file: str, name: str) -> torch.Tensor:
         return read_tensor(self._file(file), name, self.device)

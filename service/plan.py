@@ -7,8 +7,9 @@ Each worker at its fullest; V is the vocabulary, T a forward pass's supervised t
 - Influence's pass: parameters in w; the layers' factors and one block's gradient in fp32; activations above the lowest
   tracked layer; two sets of output gradients; logits, and in fp64 the distribution that labels are drawn from (28 T V).
 - Influence's solve: all sets' gradients of one layer, three times; with `kfac` and `ekfac` one eigen-decomposition
-  in fp64. `joint` then takes one set's solution of all layers at a time, in w, through a forward pass with tangents,
-  whose logits' it keeps; `exact` holds all layers' gradients, seven times (conjugate gradients), beside a pass.
+  in fp64. `joint` then takes sets' solutions of all layers through forward passes with tangents, in w, as many at a
+  time as are twice the model, and keeps the logits' tangents, half the model; `exact` holds all layers' gradients,
+  seven times (conjugate gradients), beside a pass.
 
 Batches are taken to be full and half of their tokens supervised. Left out are what Python and its libraries hold (0.5
 to 1 GiB, in the machine's memory), and what an allocator keeps of freed memory. The test holds the formulas against
@@ -27,6 +28,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ideal.config import Config
+from ideal.curvature.joint import TANGENTS, at_once
 from ideal.curvature.layers import input_group, layer_shapes
 from ideal.errors import BadInput
 from ideal.solvers import FACTORED, needs_factors
@@ -51,8 +53,8 @@ SAMPLED_LOGIT = 28
 PLAIN_LOGIT = 16
 """Bytes of each logit in a pass that draws no labels: as in SFT, and the logits themselves."""
 
-TANGENT_LOGIT = 8
-"""Bytes of each logit's tangent along each solution: by itself, and beside the others."""
+TANGENT_LOGIT = 12
+"""Bytes of each logit's tangent along each solution while it is made, in a batch."""
 
 VECTORS = 7
 """Copies of every set's gradient that conjugate gradients hold: solution, residual, direction, their updates."""
@@ -88,6 +90,10 @@ class Sizes:
     inner: int
     vocabulary: int
     tracked: Layers
+
+    @property
+    def tracked_weights(self) -> int:
+        return sum(rows * columns for rows, columns in self.tracked.values())
 
     @classmethod
     def of(cls, shapes: PretrainedConfig, patterns: list[str]) -> Sizes:
@@ -225,7 +231,7 @@ def estimate(
     if config.influence.solver == "exact":
         blocks = 1
     blocks = min(blocks, len(sizes.tracked))
-    tracked = sum(rows * columns for rows, columns in sizes.tracked.values())
+    tracked = sizes.tracked_weights
     mean = 4 * sizes.parameters if config.influence.averaged and not cluster.gpus else 0
     copies = 2 if config.influence.averaged else 1
     kept = WIDTH[config.influence.precision] if config.influence.joint else 0
@@ -321,9 +327,8 @@ def pass_memory(config: Config, sizes: Sizes, blocks: int, supervised: float) ->
 def solve_memory(config: Config, sizes: Sizes, supervised: float) -> int:
     """Bytes of an influence actor at its most expensive layer, or with `joint` and `exact` at all of them."""
     sets = 2 * len(config.domains)
-    tracked = sum(rows * columns for rows, columns in sizes.tracked.values())
     if config.influence.solver == "exact":
-        return pass_memory(config, sizes, 1, supervised) + 4 * VECTORS * sets * tracked
+        return pass_memory(config, sizes, 1, supervised) + 4 * VECTORS * sets * sizes.tracked_weights
 
     def of_layer(rows: int, columns: int) -> int:
         products = 4 * 3 * sets * rows * columns
@@ -342,10 +347,14 @@ def solve_memory(config: Config, sizes: Sizes, supervised: float) -> int:
 def forms_memory(config: Config, sizes: Sizes, supervised: float) -> int:
     """Bytes of an influence actor as it takes the curvature along every set's solution (`joint`)."""
     width, directions = WIDTH[config.influence.precision], 2 * len(config.domains)
-    tracked = sum(rows * columns for rows, columns in sizes.tracked.values())
+    held = min(directions, at_once(sizes.parameters, sizes.tracked_weights))
     tokens = max(config.resources.batch_tokens // directions, config.model.max_tokens)
-    scores = 2 * 3 * 4 * sizes.heads * min(tokens, config.model.max_tokens) * tokens  # attention keeps all, twice
-    logits = int(tokens * supervised) * sizes.vocabulary * (TANGENT_LOGIT * directions + PLAIN_LOGIT)
+    batch_logits = int(tokens * supervised) * sizes.vocabulary
+    examples = -(-config.influence.curvature_examples // len(config.domains)) * len(config.domains)
+    all_logits = int(examples * config.model.max_tokens * supervised) * sizes.vocabulary
+    kept = max(batch_logits, min(all_logits, int(TANGENTS * sizes.parameters / directions)))
+    scores = 4 * (1 + held) * 3 * sizes.heads * min(tokens, config.model.max_tokens) * tokens  # attention keeps all
+    logits = 4 * directions * kept + batch_logits * (TANGENT_LOGIT * held + PLAIN_LOGIT)
     logits += width * sizes.head  # CPU libraries reorder it
-    layer = 2 * tokens * (4 * sizes.hidden + 3 * width * sizes.inner)
-    return width * (sizes.parameters + tracked) + max(logits, scores + layer)
+    layer = (1 + held) * tokens * (4 * sizes.hidden + 3 * width * sizes.inner)
+    return width * (sizes.parameters + held * sizes.tracked_weights) + max(logits, scores + layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,18 @@ from torch import nn
 from ideal.config import Config
 from ideal.examples import ExampleSet
 from ideal.model import DTYPES, device, load_model
-from ideal.training import mean_loss
+from ideal.training import example_losses
 from service.cluster import Cluster, Reservation
 from service.data import MODEL, reference_file
 from service.progress import Reporter
 
+BY_EXAMPLE = "losses.json"
+Losses = dict[str, tuple[list[float], list[int]]]
+"""By reference set: each example's loss, summed over its supervised tokens (nats), and how many those are."""
+
 
 def reference_losses(
+    folder: Path,
     *,
     checkpoint: Path,
     data: Path,
@@ -29,7 +35,7 @@ def reference_losses(
     cluster: Cluster,
     progress: Reporter,
 ) -> dict[str, Any]:
-    """For each domain's reference set: loss (mean per supervised token, nats) and tokens."""
+    """Each reference set's loss (mean per supervised token, nats) and tokens; each example's go to ``folder``."""
     bundle = cluster.per_worker(cluster.sft_cpus)
     with Reservation([bundle], config.resources.wait_seconds, "reference loss") as reserved:
         task = _losses.options(
@@ -37,16 +43,15 @@ def reference_losses(
             num_gpus=bundle.get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(reserved),
         )
-        found: dict[str, Any] = ray.get(
-            task.remote(checkpoint / MODEL, data, domains, config, cluster.sft_cpus, progress)
-        )
-    return found
+        found: Losses = ray.get(task.remote(checkpoint / MODEL, data, domains, config, cluster.sft_cpus, progress))
+    (folder / BY_EXAMPLE).write_text(json.dumps(found))
+    return means(found)
 
 
 @ray.remote
 def _losses(
     model_folder: Path, data: Path, domains: list[str], config: Config, cpus: int, progress: Reporter
-) -> dict[str, Any]:
+) -> Losses:
     where = device()
     if where.type == "cpu":
         torch.set_num_threads(cpus)
@@ -56,12 +61,16 @@ def _losses(
 
 def losses_of(
     model: nn.Module, data: Path, domains: Iterable[str], where: torch.device, batch_tokens: int, progress: Reporter
-) -> dict[str, Any]:
-    """For each domain's reference set: a model's loss (mean per supervised token, nats) and tokens."""
+) -> Losses:
+    """A model's losses on every example of each domain's reference set."""
     found = {}
     names = list(domains)
     for number, domain in enumerate(names):
         progress(domain, number, len(names))
-        loss, tokens = mean_loss(model, ExampleSet.load(reference_file(data, domain)), where, batch_tokens)
-        found[domain] = {"loss": loss, "tokens": tokens}
+        found[domain] = example_losses(model, ExampleSet.load(reference_file(data, domain)), where, batch_tokens)
     return found
+
+
+def means(losses: Losses) -> dict[str, Any]:
+    """Each set's loss (mean per supervised token, nats) and tokens."""
+    return {name: {"loss": sum(each) / sum(tokens), "tokens": sum(tokens)} for name, (each, tokens) in losses.items()}

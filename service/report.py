@@ -266,5 +266,9 @@ def _score(iteration: Iteration, name: str) -> str:
 
 
 def _mean(iteration: Iteration) -> str:
-    cells = iteration.benchmark.result.values() if iteration.benchmark else []
-    return f"{sum(c['value'] for c in cells) / len(cells):.3f}" if cells else ""
+    return f"{mean_score(iteration.benchmark.result):.3f}" if iteration.benchmark else ""
+
+
+def mean_score(scores: dict[str, Any]) -> float:
+    """Of all benchmarks alike."""
+    return float(np.mean([cell["value"] for cell in scores.values()]))

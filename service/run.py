@@ -42,7 +42,7 @@ def run(config: Config, console: Console) -> Outcome:
     if outcome.stopped:
         console.print("every stage of this run is recorded: nothing to do")
     else:
-        with _started(config, console) as (cluster, display):
+        with connected(config, console) as cluster, Display(console) as display:
             outcome = Optimisation(config, cluster, store, display, tracker.keep_up).run()
     path = report.write(folder, config, outcome)
     tracker.write(outcome)
@@ -64,7 +64,7 @@ def fidelity(config: Config, console: Console) -> dict[str, Any]:
     folder = config.root / "fidelity" / f"{config.name}-{run_key(config)}"
     store = Store(config.root, notice)
     tracker = Tracker(config, f"fidelity-{run_key(config)}", folder, notice)
-    with _started(config, console) as (cluster, display):
+    with connected(config, console) as cluster, Display(console) as display:
         findings = Fidelity(config, cluster, store, display).run()
     found = fidelity_report.write(folder, findings, config)
     tracker.write_study(fidelity_report.metrics(found))
@@ -81,15 +81,14 @@ def _notices(console: Console) -> Callable[[str], None]:
 
 
 @contextmanager
-def _started(config: Config, console: Console) -> Iterator[tuple[Cluster, Display]]:
+def connected(config: Config, console: Console) -> Iterator[Cluster]:
     """A checked config on its cluster; a Ray that was started for it ends with it."""
     check.before_start(config)
     fresh = not ray.is_initialized()
     cluster = connect(config)
     console.print(f"[bold]{config.name}[/] on {cluster.describe()}; stages in {config.root}")
     try:
-        with Display(console) as display:
-            yield cluster, display
+        yield cluster
     finally:
         if fresh:
             ray.shutdown()

@@ -37,11 +37,11 @@ RESULTS_CHANGED_IN = {
     "model": 1,
     "data": 1,
     "sft": 2,
-    "reference": 1,
-    "influence": 2,
+    "reference": 2,
+    "influence": 3,
     "benchmark": 1,
     "retraining": 1,
-    "prediction": 1,
+    "prediction": 2,
 }
 """Raised when new code gives a kind of stage other results, so that old records are not taken for new ones."""
 

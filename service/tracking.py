@@ -1,4 +1,4 @@
-"""The one MLflow writer: optimisation (parent) → iteration (child).
+"""The one MLflow writer: sweep → optimisation → iteration.
 
 Everything that MLflow shows is in the stage records, so it can be written at any time, and again. What has been
 written is noted in tags of the runs themselves: a server that was away gets the rest when it is back, from this run,
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,24 @@ class Tracker:
         key: the optimisation's fingerprint.
         folder: where the report is.
         notice: told, once, when the server doesn't answer.
+        below: key and name of the sweep that it belongs to.
+        name: of the run. Default: the config's.
+        values: parameters besides the usual ones.
     """
 
-    def __init__(self, config: Config, key: str, folder: Path, notice: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        key: str,
+        folder: Path,
+        notice: Callable[[str], None],
+        *,
+        below: tuple[str, str] | None = None,
+        name: str = "",
+        values: Mapping[str, str] | None = None,
+    ) -> None:
         self.config, self.key, self.folder, self.notice = config, key, folder, notice
+        self.below, self.name, self.values = below, name or config.name, values or {}
         self.uri = uri_of(config)
         self.behind = False
 
@@ -83,7 +97,7 @@ class Tracker:
         return True
 
     def _write_study(self, metrics: dict[str, float]) -> None:
-        run = self._run(self.key, self.config.name, None)
+        run = self._run(self.key, self.name, None)
         self._once(run, "config", self._parameters)
 
         def end(run: Run) -> None:
@@ -94,8 +108,10 @@ class Tracker:
         self._once(run, "end", end)
 
     def _write(self, outcome: Outcome) -> None:
-        parent = self._run(self.key, self.config.name, None)
+        above = self._run(*self.below, None) if self.below else None
+        parent = self._run(self.key, self.name, above)
         self._once(parent, "config", self._parameters)
+        self._once(parent, "values", self._values)
         for position, iteration in enumerate(outcome.iterations):
             self._iteration(parent, position, iteration)
         if outcome.stopped:
@@ -112,12 +128,14 @@ class Tracker:
 
     def _run(self, key: str, name: str, parent: Run | None) -> Run:
         found = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
-        if found:
-            return found[0]
-        tags = {KEY: key, MLFLOW_RUN_NAME: name}
-        if parent:
-            tags[MLFLOW_PARENT_RUN_ID] = parent.info.run_id
-        return self.client.create_run(self.experiment, tags=tags)
+        tags = {MLFLOW_PARENT_RUN_ID: parent.info.run_id} if parent else {}
+        if not found:
+            return self.client.create_run(self.experiment, tags={**tags, KEY: key, MLFLOW_RUN_NAME: name})
+        run: Run = found[0]
+        for tag, value in tags.items():
+            if run.data.tags.get(tag) != value:  # a run of its own that a sweep takes in
+                self.client.set_tag(run.info.run_id, tag, value)
+        return run
 
     def _once(self, run: Run, part: str, write: Callable[[Run], None]) -> None:
         tag = WRITTEN + part
@@ -142,6 +160,9 @@ class Tracker:
         self.client.log_batch(run.info.run_id, params=[Param(k, str(v)) for k, v in parameters.items()])
         self.client.log_text(run.info.run_id, json.dumps(c.model_dump(mode="json"), indent=1), "config.json")
 
+    def _values(self, run: Run) -> None:
+        self.client.log_batch(run.info.run_id, params=[Param(k, str(v)) for k, v in self.values.items()])
+
     def _iteration(self, parent: Run, position: int, iteration: Iteration) -> None:
         child = self._run(f"{self.key}/{position}", report.label(iteration), parent)
         number = iteration.number
@@ -153,6 +174,7 @@ class Tracker:
         parts: dict[str, dict[str, float]] = {"sft": values}
         if iteration.benchmark:
             parts["benchmark"] = {f"score/{n}": s["value"] for n, s in iteration.benchmark.result.items()}
+            parts["benchmark"]["score"] = report.mean_score(iteration.benchmark.result)
         step = iteration.update
         if step and (iteration.table is not None):
             domains = list(iteration.volumes)

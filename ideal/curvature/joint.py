@@ -16,24 +16,30 @@ UᵀHU needs no backward pass: with logits z, softmax p, and tangents J u = ∂z
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import nn
-from torch.func import functional_call, jvp
+from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ideal.batches import Batch, batches
+from ideal.batches import IGNORED, Batch, batches
 from ideal.curvature.accumulate import Block
 from ideal.curvature.exact import Logits
 from ideal.influence import Array
 from ideal.model import wide
 
+DIRECTIONS = 2.0
+"""Numbers in the directions that are held at a time, in multiples of the model's; at least one direction."""
+
+TANGENTS = 0.5
+"""The same of the logits' tangents that are held at a time; at least one batch's."""
+
 
 def quadratic_forms(
     model: nn.Module,
-    direction: Callable[[int], Mapping[str, torch.Tensor]],
+    directions: Callable[[int, int], Mapping[str, torch.Tensor]],
     count: int,
     blocks: Sequence[Block],
     batch_tokens: int,
@@ -41,37 +47,73 @@ def quadratic_forms(
 ) -> Array:
     """[K, K] UᵀHU over a sample; parts of a sample add up.
 
+    Directions are held as many at a time as take the room of ``DIRECTIONS`` models, and asked for again for every
+    group of examples whose logits' tangents take that of ``TANGENTS``.
+
     Args:
-        direction: u_k by layer, [d_out, d_in]; asked for again in every batch, so that one is held at a time.
+        directions: (k, l) → u_k … u_(l-1) by layer, [l - k, d_out, d_in].
         count: K.
         blocks: those with weight enter.
         batch_tokens: in a forward pass, the tangents of all directions counted.
     """
     logits = Logits(model.requires_grad_(False))
+    size = sum(weight.numel() for weight in model.parameters())
+    step = at_once(size, sum(part.numel() for part in directions(0, 1).values()))
+    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     total = torch.zeros(count, count, dtype=torch.float64, device=device)
-    for block in blocks:
-        if not block.weight > 0:
-            continue
-        for _, batch in batches(block.items, max(1, batch_tokens // count)):
-            moved = batch.to(device)
-            rows = torch.stack([_centred_tangents(logits, direction(k), moved).flatten() for k in range(count)])
-            total += block.weight * (rows @ rows.T).double()
+    for group in _groups(blocks, batch_tokens // count, int(TANGENTS * size / count / vocabulary)):
+        rows: list[list[torch.Tensor]] = [[] for _ in group]
+        for start in range(0, count, step):
+            some = directions(start, min(start + step, count))
+            for found, (batch, _) in zip(rows, group, strict=True):
+                found.append(_centred_tangents(logits, some, batch.to(device)))
+        for found, (_, weight) in zip(rows, group, strict=True):
+            whole = torch.cat(found)
+            total += weight * (whole @ whole.T).double()
     return np.asarray(total.cpu().numpy())
 
 
-def _centred_tangents(logits: Logits, direction: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-    """[s, V] √p (J u − E_p J u) at each supervised position: products of two are covariances."""
-    weights = {f"model.{layer}.weight": logits.model.get_parameter(f"{layer}.weight").detach() for layer in direction}
-    u = {f"model.{layer}.weight": part.to(weights[f"model.{layer}.weight"]) for layer, part in direction.items()}
+def at_once(parameters: int, tracked: int) -> int:
+    """Directions over so many tracked weights that are held at a time beside a model."""
+    return max(1, int(DIRECTIONS * parameters / tracked))
+
+
+def _groups(blocks: Sequence[Block], batch_tokens: int, positions: int) -> Iterator[list[tuple[Batch, float]]]:
+    """Batches and their weights, as many together as have so many supervised positions; at least one."""
+    group: list[tuple[Batch, float]] = []
+    held = 0
+    for block in blocks:
+        for _, batch in batches(block.items, max(1, batch_tokens)) if block.weight > 0 else ():
+            size = int((batch.targets != IGNORED).sum())
+            if group and held + size > positions:
+                yield group
+                group, held = [], 0
+            group.append((batch, block.weight))
+            held += size
+    if group:
+        yield group
+
+
+def _centred_tangents(logits: Logits, directions: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+    """[K, s V] √p (J u − E_p J u) of s supervised positions: products of two are covariances.
+
+    The logits themselves are computed once for all directions.
+    """
+    weights = {f"model.{layer}.weight": logits.model.get_parameter(f"{layer}.weight").detach() for layer in directions}
+    u = {f"model.{layer}.weight": part.to(weights[f"model.{layer}.weight"]) for layer, part in directions.items()}
 
     def at(values: dict[str, torch.Tensor]) -> torch.Tensor:
         found: torch.Tensor = functional_call(logits, values, (batch,))
         return found
 
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        found = jvp(at, (weights,), (u,))
+    def along(one: dict[str, torch.Tensor]) -> torch.Tensor:
+        found = jvp(at, (weights,), (one,))
         p, tangent = wide(found[0]).softmax(-1), wide(found[1])
-        return tangent.sub_((tangent * p).sum(-1, keepdim=True)).mul_(p.sqrt_())
+        return ((tangent - (tangent * p).sum(-1, keepdim=True)) * p.sqrt()).flatten()
+
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        found: torch.Tensor = vmap(along)(u)
+        return found
 
 
 def damping_forms(u: torch.Tensor, damping: torch.Tensor) -> Array:

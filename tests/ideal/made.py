@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from ideal.batches import Item
 from ideal.config import InfluenceConfig
 from ideal.curvature.accumulate import BlockGradient, FactorSums, accumulate
 from ideal.curvature.kfac import Eigen, curvature, eigenbasis
@@ -134,7 +135,7 @@ def influence(
     return influence_tables(model, list(layers), sample, [solver])[solver]
 
 
-def full_loss(model: torch.nn.Module, examples: ExampleSet) -> tuple[torch.Tensor, int]:
+def full_loss(model: torch.nn.Module, examples: Iterable[Item]) -> tuple[torch.Tensor, int]:
     """Summed loss and supervised tokens, one example at a time, through the whole model: the plain definition."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for ids, supervised in examples:

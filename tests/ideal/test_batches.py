@@ -10,7 +10,7 @@ from ideal.batches import IGNORED, batches, by_length, collate, length
 from ideal.chat import Example
 from ideal.examples import ExampleSet
 from ideal.model import load_model, summed_loss, supervised_logits
-from ideal.training import mean_loss
+from ideal.training import example_losses
 from tests.ideal.made import example_set, full_loss, llama
 from tests.tiny import make_model
 
@@ -49,10 +49,11 @@ def test_like_lengths_are_together() -> None:
 def test_the_loss_is_the_full_models_whatever_the_padding(budget: int) -> None:
     """Only supervised positions go through the head; all positions, one example at a time, is the definition."""
     model, examples = llama(), example_set(12, 1)
-    with torch.no_grad():
-        total, count = full_loss(model, examples)
-    found = mean_loss(model, examples, torch.device("cpu"), budget)
-    assert found == (pytest.approx(float(total) / count, rel=1e-12), count)
+    losses, tokens = example_losses(model, examples, torch.device("cpu"), budget)
+    for number, example in enumerate(examples):
+        with torch.no_grad():
+            total, count = full_loss(model, [example])
+        assert (losses[number], tokens[number]) == (pytest.approx(float(total), rel=1e-12), count)
 
 
 def test_padding_has_no_influence_at_all() -> None:

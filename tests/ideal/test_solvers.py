@@ -140,9 +140,11 @@ def test_blocks_of_a_solved_set_add_up_to_it() -> None:
 
 
 def test_the_curvatures_examples_stand_for_all() -> None:
-    settings = InfluenceConfig(blocks=2, examples=4, curvature_examples=2)
-    chosen = curvature_blocks(blocks(), 2, settings)
+    settings = InfluenceConfig(blocks=2, examples=4, curvature_examples=3)
+    given = blocks()
+    chosen = curvature_blocks(given, 2, settings)
     assert [len(block.items) for block in chosen] == [2, 2]
+    assert [list(block.keys) for block in chosen] == [[given[i].keys[0], given[i + 1].keys[0]] for i in (0, 2)]
     assert [block.weight * block.supervised() for block in chosen] == pytest.approx(WEIGHTS)
     dealt = curvature_blocks(blocks(), 2, settings, parts=2)
     assert [len(block.items) for block in dealt] == [1, 1, 1, 1]

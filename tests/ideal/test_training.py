@@ -28,7 +28,7 @@ from ideal.training import (
     Step,
     Trainer,
     averaged_steps,
-    mean_loss,
+    example_losses,
     plan,
     schedule,
     train,
@@ -254,7 +254,7 @@ def test_bf16_rounds_weights_and_nothing_else(base: Path) -> None:
         assert value.dtype == buffers[name].dtype
     assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
     examples = example_set(4, 7, vocabulary=300, longest=200)
-    assert mean_loss(trainer.model, examples, CPU, 1000) == mean_loss(loaded, examples, CPU, 1000)
+    assert example_losses(trainer.model, examples, CPU, 1000) == example_losses(loaded, examples, CPU, 1000)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

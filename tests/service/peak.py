@@ -71,7 +71,7 @@ def work(stage: str, folder: Path, config: Config) -> None:
         actor.accumulate(0, list(range(len(sample.blocks()))), None)
     elif config.influence.joint:
         actor.solve(layers, 1, None)
-        actor.forms(layers, [0], 1)
+        actor.forms(layers, [0, 1], 1)
     else:
         actor.solve(layers[-3:], 1, None)  # one layer's gate, up and down
 

@@ -35,12 +35,17 @@ def model() -> LlamaForCausalLM:
     return llama()
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 40, 10**6])
-def test_forms_are_the_dense_matrixs(model: LlamaForCausalLM, batch_tokens: int) -> None:
+@pytest.mark.parametrize(("batch_tokens", "room"), [(1, 1.0), (40, 1.0), (10**6, 1.0), (40, 0.0)])
+def test_forms_are_the_dense_matrixs(
+    model: LlamaForCausalLM, batch_tokens: int, room: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many directions and examples are held at a time."""
+    monkeypatch.setattr("ideal.curvature.joint.DIRECTIONS", room)
+    monkeypatch.setattr("ideal.curvature.joint.TANGENTS", room)
     u = random_vectors(model, 3, 1)
 
     def forms(part: list[Block]) -> Array:
-        return quadratic_forms(model, lambda k: {x: v[k] for x, v in u.items()}, 3, part, batch_tokens, CPU)
+        return quadratic_forms(model, lambda k, end: {x: v[k:end] for x, v in u.items()}, 3, part, batch_tokens, CPU)
 
     found = forms(blocks())
     np.testing.assert_allclose(found, (flat(u) @ dense_gauss_newton(model) @ flat(u).T).numpy(), rtol=1e-9)

@@ -1,0 +1,254 @@
+"""A sweep: one optimisation for each point of a grid over the config, as a Ray Tune experiment.
+
+    m = 0.15 ─┐                    ┌─▶ D1 ─▶ D2
+    m = 0.3  ─┼─▶ D0, its influence┼─▶ D1 ─▶ D2      stages with the same inputs are one stage: the first trial
+    m = 0.5  ─┘     (once)         └─▶ D1 ─▶ D2      runs it, the others wait at its lock
+
+Tune decides which trials run and stops those that fall behind. A trial of Tune's only passes reports on: the
+optimisation runs in an actor of its own, outside the trial's placement group, so that its stages reserve what the
+cluster has, as they do for a single run. A sweep that was killed is started again: what is recorded isn't repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import IO, cast
+
+import ray
+from ray import tune
+from ray.tune.schedulers import MedianStoppingRule, TrialScheduler
+from ray.util.queue import Queue
+from rich.console import Console
+from rich.markup import escape
+
+from ideal.config import Config
+from ideal.config_file import load
+from ideal.errors import BadInput
+from service.cluster import Cluster
+from service.driver import Optimisation, Outcome
+from service.failures import StageFailed
+from service.progress import Display
+from service.run import connected, replay, run_folder, run_key
+from service.stages import Store
+from service.tracking import Tracker
+
+PATIENCE = 7 * 24 * 3600
+"""Seconds that a trial waits for resources: the other trials hold them, and give them back."""
+
+LINE = 200
+"""Columns of a trial's output."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A point of the grid.
+
+    Attributes:
+        label: its values, as the table shows them.
+        values: by the config's path, as they were typed.
+    """
+
+    label: str
+    values: dict[str, str]
+    config: Config
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the trials gave.
+
+    Attributes:
+        outcomes: by trial; one that was stopped early has no ``stopped``.
+        wall: seconds the sweep took this time.
+        fresh: seconds of the stages that it ran this time.
+    """
+
+    trials: list[Trial]
+    outcomes: list[Outcome]
+    wall: float
+    fresh: float
+
+
+def grid(path: str | Path, overrides: list[str] | None, values: Mapping[str, list[str]]) -> list[Trial]:
+    """Every combination of values, each a config that holds.
+
+    Args:
+        values: by the config's path, e.g. ``{"equilibrium.m": ["0.15", "0.3"]}``.
+
+    Raises:
+        BadInput: no value, a field that doesn't hold, or one run twice.
+    """
+    if not values or not all(values.values()):
+        raise BadInput("sweep", "there is nothing to sweep over", "e.g. --m 0.15,0.3,0.5")
+    trials: dict[str, Trial] = {}
+    for point in itertools.product(*values.values()):
+        chosen = dict(zip(values, point, strict=True))
+        assignments = [f"{key}={value}" for key, value in chosen.items()]
+        config = load(path, [*(overrides or []), *assignments])
+        label = ", ".join(assignment.removeprefix("equilibrium.") for assignment in assignments)
+        if run_key(config) in trials:
+            raise BadInput("sweep", f"{label} is the same run as {trials[run_key(config)].label}", "leave one out")
+        trials[run_key(config)] = Trial(label, chosen, config)
+    return list(trials.values())
+
+
+def run_trials(trials: list[Trial], console: Console, *, concurrent: int, stop_behind: bool) -> Findings:
+    """Run all trials to their ends, or go on where they were left.
+
+    Args:
+        concurrent: trials at a time.
+        stop_behind: stop a trial whose best reference loss is worse than the others' median (Golovin et al. 2017).
+
+    Raises:
+        BadInput: something in a config or the data doesn't hold.
+        StageFailed: a trial broke; the others ended.
+    """
+    first, started = trials[0].config, time.time()
+    key = sweep_key(trials)
+    trackers = {trial.label: tracker_of(trial, key, console) for trial in trials}
+    seen = {record.folder for trial in trials for record in replay(trial.config, lambda _: None).records if record}
+    with connected(first, console) as cluster:
+        lines = Queue(actor_options={"num_cpus": 0})
+        listener = Thread(target=_listen, args=(lines, trackers, {t.label: t for t in trials}, console))
+        listener.start()
+        try:
+            failed = _tune(trials, replace(cluster, shared=concurrent > 1), lines, concurrent, stop_behind)
+        finally:
+            lines.put(None)
+            listener.join()
+    outcomes = [replay(trial.config, lambda _: None) for trial in trials]
+    for trial, outcome in zip(trials, outcomes, strict=True):
+        if outcome.iterations:
+            trackers[trial.label].write(outcome)
+    if failed:
+        raise StageFailed(
+            f"{len(failed)} of {len(trials)} trials failed: {'; '.join(failed)}\n"
+            "  → their errors are above; the same command runs what is missing"
+        )
+    records = {record.folder: record for outcome in outcomes for record in outcome.records}
+    fresh = sum(record.seconds for folder, record in records.items() if folder not in seen)
+    return Findings(trials, outcomes, time.time() - started, fresh)
+
+
+def sweep_key(trials: list[Trial]) -> str:
+    """The sweep's fingerprint: its runs'."""
+    return hashlib.sha256(json.dumps(sorted(run_key(t.config) for t in trials)).encode()).hexdigest()[:12]
+
+
+def tracker_of(trial: Trial, key: str, console: Console) -> Tracker:
+    """What writes a trial's optimisation to MLflow, below its sweep."""
+    config = trial.config
+    return Tracker(
+        config,
+        run_key(config),
+        run_folder(config),
+        lambda line: console.print(f"[yellow]![/] {escape(line)}"),
+        below=(f"sweep-{key}", f"{config.name} sweep"),
+        name=f"{config.name} {trial.label}",
+        values=trial.values,
+    )
+
+
+def _tune(trials: list[Trial], cluster: Cluster, lines: Queue, concurrent: int, stop_behind: bool) -> list[str]:
+    """Run the experiment; the labels of trials that failed."""
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial says itself what went wrong
+    folder, name = trials[0].config.root / "sweeps" / "tune", sweep_key(trials)
+    shutil.rmtree(folder / name, ignore_errors=True)  # what counts is in the stages
+    trainable = tune.with_parameters(_trial, trials={t.label: t for t in trials}, cluster=cluster, lines=lines)
+    rule: TrialScheduler | None = None
+    if stop_behind:
+        rule = MedianStoppingRule(time_attr="training_iteration", grace_period=2, min_samples_required=2)
+    results = tune.Tuner(
+        tune.with_resources(trainable, tune.PlacementGroupFactory([{"memory": 1}])),  # a trial waits for its actor
+        param_space={"trial": tune.grid_search([trial.label for trial in trials])},
+        tune_config=tune.TuneConfig(metric="loss", mode="min", max_concurrent_trials=concurrent, scheduler=rule),
+        run_config=tune.RunConfig(
+            name=name, storage_path=str(folder), verbose=0, failure_config=tune.FailureConfig(max_failures=2)
+        ),
+    ).fit()
+    ended = [results[number] for number in range(len(results))]
+    return [str((result.config or {})["trial"]) for result in ended if result.error]
+
+
+def _trial(point: dict[str, str], trials: dict[str, Trial], cluster: Cluster, lines: Queue) -> None:
+    """Tune's side of a trial: every report of its optimisation, as it comes."""
+    trial = trials[point["trial"]]
+    actor = Optimiser.options(scheduling_strategy="DEFAULT").remote()  # type: ignore[attr-defined]
+    try:
+        for report in actor.run.remote(trial, cluster, lines):
+            tune.report(ray.get(report))
+    finally:
+        ray.kill(actor)
+
+
+@ray.remote(num_cpus=0)
+class Optimiser:
+    """One optimisation. An actor, since what an actor reserved is given back when it is killed."""
+
+    def run(self, trial: Trial, cluster: Cluster, lines: Queue) -> Iterator[dict[str, float]]:
+        """The reference loss after every training."""
+        found: SimpleQueue[dict[str, float] | None] = SimpleQueue()
+        console = Console(file=cast(IO[str], _Lines(lines, trial.label)), width=LINE)
+        config = trial.config
+        resources = config.resources.model_copy(update={"wait_seconds": PATIENCE})
+        reported = 0
+
+        def happened(outcome: Outcome) -> None:
+            nonlocal reported
+            if len(outcome.iterations) > reported:
+                reported = len(outcome.iterations)
+                found.put({"loss": outcome.iterations[-1].loss})
+            lines.put((trial.label, None))
+
+        def optimise() -> None:
+            store = Store(config.root, lambda line: console.print(f"[yellow]![/] {escape(line)}"))
+            with Display(console) as display:
+                patient = config.model_copy(update={"resources": resources})
+                Optimisation(patient, cluster, store, display, happened).run()
+
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(optimise)
+            future.add_done_callback(lambda _: found.put(None))
+            while (report := found.get()) is not None:
+                yield report
+            try:
+                future.result()
+            except (BadInput, StageFailed) as error:
+                console.print(f"[red]failed[/] {escape(str(error))}")
+                raise
+
+
+class _Lines(io.TextIOBase):
+    """A file whose lines go to the sweep's screen."""
+
+    def __init__(self, lines: Queue, label: str) -> None:
+        self.lines, self.label, self.rest = lines, label, ""
+
+    def write(self, text: str) -> int:
+        *whole, self.rest = (self.rest + text).split("\n")
+        for line in whole:
+            self.lines.put((self.label, line))
+        return len(text)
+
+
+def _listen(lines: Queue, trackers: Mapping[str, Tracker], trials: Mapping[str, Trial], console: Console) -> None:
+    """Show what trials say, and keep MLflow up with them: this process is its only writer."""
+    silent: Callable[[str], None] = lambda line: None  # noqa: E731
+    while (said := lines.get()) is not None:
+        label, line = said
+        if line is None:
+            trackers[label].write(replay(trials[label].config, silent))
+        else:
+            console.print(escape(f"{label} │ {line}"), soft_wrap=True)

@@ -1,0 +1,126 @@
+"""``ideal sweep`` from its first line to its last: two trials at a time on fewer CPUs than both want."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+
+from tests.command import Command, Ended
+from tests.end_to_end.tiny_run import make_tree
+
+pytestmark = pytest.mark.timeout(900)
+SWEEP = ("sweep", "--m", "0.2,0.4")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    made = make_tree(tmp_path_factory.mktemp("inputs"))
+    made["equilibrium"]["iterations"] = 1
+    return made
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]) -> Iterator[Command]:
+    made = Command(tmp_path_factory.mktemp("sweep"), tree)
+    yield made
+    made.clean()
+
+
+@pytest.fixture(scope="module")
+def swept(command: Command, tree: dict[str, Any]) -> Ended:
+    """Killed while D0's influence is computed, and started again."""
+    process = command.start(*SWEEP)
+    deadline = time.time() + 300
+    while not (command.records("sft") and list((command.storage / "stages" / "influence").glob("*/*/*/*"))):
+        assert process.poll() is None, command.output.read_text()
+        assert time.time() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert command.alone(30), command.processes()
+    before = command.records()
+    ended = command(*SWEEP)
+    after = command.records()
+    assert {path: after.get(path) for path in before} == before, "a recorded stage ran again"
+    return ended
+
+
+def found(command: Command) -> dict[str, Any]:
+    (path,) = (command.storage / "sweeps").glob("*/sweep.json")
+    read: dict[str, Any] = json.loads(path.read_text())
+    return read
+
+
+def test_trials_share_what_does_not_depend_on_m(command: Command, swept: Ended) -> None:
+    assert swept.status == 0, swept.output
+    counts = {kind: len(command.records(kind)) for kind in ("model", "data", "sft", "influence", "reference")}
+    assert counts == {"model": 1, "data": 1, "sft": 3, "influence": 1, "reference": 3}
+    assert len(command.records("benchmark")) == 3
+    assert command.alone(20), command.processes()
+
+
+def test_it_ends_with_the_best_m_and_what_it_cost(command: Command, swept: Ended) -> None:
+    for line in ("m=0.2 │", "m=0.4 │", "Best on the reference sets: m=0.", "of them lie between 0.", "without sharing"):
+        assert line in swept.output
+    assert "Traceback" not in swept.output
+    read = found(command)
+    objectives = {t["label"]: t["objectives"] for t in read["trials"]}
+    assert [len(each) for each in objectives.values()] == [2, 2]
+    assert objectives["m=0.2"][0] == objectives["m=0.4"][0]
+    losses = {s["label"]: s["loss"] for s in read["settings"]}
+    assert losses == {label: pytest.approx(each[-1], rel=1e-6) for label, each in objectives.items()}
+    assert read["best"] == min(losses, key=lambda label: losses[label])
+    cost = read["cost"]
+    assert cost["first"] < cost["stages"] < cost["apart"]
+
+
+def test_mlflow_has_sweep_optimisations_and_iterations(command: Command, swept: Ended) -> None:
+    client = MlflowClient(f"sqlite:///{command.storage / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("ideal").experiment_id])
+
+    def below(parent: Run | None) -> list[Run]:
+        key = parent.info.run_id if parent else None
+        return [run for run in runs if run.data.tags.get(MLFLOW_PARENT_RUN_ID) == key]
+
+    (sweep,) = below(None)
+    trials = below(sweep)
+    assert {run.data.tags[MLFLOW_RUN_NAME] for run in trials} == {"tiny m=0.2", "tiny m=0.4"}
+    assert {run.data.params["equilibrium.m"] for run in trials} == {"0.2", "0.4"}
+    for run in trials:
+        assert {"objective", "score"} <= set(run.data.metrics)
+        assert [each.data.tags[MLFLOW_RUN_NAME] for each in sorted(below(run), key=lambda r: r.info.start_time)] == [
+            "D0",
+            "D1",
+        ]
+        assert run.info.status == "FINISHED"
+
+
+def test_a_second_sweep_and_its_runs_do_no_work(command: Command, swept: Ended) -> None:
+    before = command.records()
+    again = command(*SWEEP)
+    assert again.status == 0, again.output
+    assert command.records() == before
+    one = command("run", "--set", "equilibrium.m=0.4")
+    assert "nothing to do" in one.output
+
+
+def test_what_cannot_be_swept_is_said(command: Command, tmp_path: Path) -> None:
+    for arguments, words in {
+        ("sweep",): "nothing to sweep over",
+        ("sweep", "--m", "0.2,0.20"): "is the same run as m=0.2",
+        ("sweep", "--m", "0.2,much"): "equilibrium.m",
+        ("sweep", "--param", "equilibrium.n=1,2"): "unknown key",
+    }.items():
+        ended = command(*arguments)
+        assert ended.status == 2, ended.output
+        assert words in ended.output
