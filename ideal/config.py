@@ -217,7 +217,7 @@ class InfluenceConfig(Section):
         "(√v̂ + ε) / (sum of learning rates).",
     )
     curvature_examples: PositiveInt = Field(
-        32,
+        64,
         description="Examples of the sample, as many of each domain, that `joint` and `exact` see the curvature on.",
     )
     products: PositiveInt = Field(

@@ -175,7 +175,9 @@ class InfluenceActor:
         chosen = curvature_blocks(self.sample.blocks(), domains, settings, parts)
         return quadratic_forms(
             load_model(self.model, DTYPES[settings.precision], self.device),
-            lambda start, end: {layer: self._read_solutions(layer, start, end) for layer in layers},
+            lambda start, end: {
+                layer: read_rows(self._solutions(layer), "x", start, end, self.device) for layer in layers
+            },
             2 * domains,
             [chosen[index] for index in members],
             self.config.resources.batch_tokens,
@@ -298,12 +300,6 @@ class InfluenceActor:
     def _solutions(self, layer: str) -> Path:
         return self.scratch.parent / f"solutions-{layer}.safetensors"
 
-    def _read_solutions(self, layer: str, start: int, end: int) -> torch.Tensor:
-        """[end - start, d_out, d_in] some sets' solutions of a layer."""
-        with safe_open(self._solutions(layer), framework="pt") as tensors:
-            some: torch.Tensor = tensors.get_slice("x")[start:end]
-        return some.to(self.device)
-
     def _read(self, file: str, name: str) -> torch.Tensor:
         return read_tensor(self._file(file), name, self.device)
 
@@ -313,3 +309,10 @@ def read_tensor(path: Path, name: str, where: torch.device) -> torch.Tensor:
     with safe_open(path, framework="pt", device=str(where)) as tensors:
         tensor: torch.Tensor = tensors.get_tensor(name)
     return tensor
+
+
+def read_rows(path: Path, name: str, start: int, end: int, where: torch.device) -> torch.Tensor:
+    """[end - start, …] some rows of a tensor in a safetensors file."""
+    with safe_open(path, framework="pt") as tensors:
+        some: torch.Tensor = tensors.get_slice(name)[start:end]
+    return some.to(where)
