@@ -135,8 +135,8 @@ def influence_tables(
             }
         products = {layer: with_sets(solved[layer], (g[layer] for g in gradients)) for layer in layers}
         if coupled(solver, settings):
-            w = _combination(model, solved, products, own, sample)
-            products = {layer: p @ w for layer, p in products.items()}
+            damping = [damping_forms(x, own[layer]) for layer, x in solved.items()]
+            products = combined(products, _forms(model, solved, sample), damping, settings.blocks)
         rows = [block_products(p, tokens, sample.domains) for p in products.values()]
         tables[solver] = table_of(rows, sizes, sample.domains, settings.blocks)
     return tables
@@ -305,15 +305,9 @@ def _exactly(
     ).vectors
 
 
-def _combination(
-    model: nn.Module,
-    solved: Vectors,
-    products: Mapping[str, Array],
-    own: Mapping[str, torch.Tensor],
-    sample: Sampled,
-) -> Array:
-    """[sets, sets] W of the sets' solutions."""
-    forms = quadratic_forms(
+def _forms(model: nn.Module, solved: Vectors, sample: Sampled) -> Array:
+    """[sets, sets] UᵀHU of the sets' solutions."""
+    return quadratic_forms(
         model,
         lambda start, end: {layer: x[start:end] for layer, x in solved.items()},
         len(next(iter(solved.values()))),
@@ -321,14 +315,20 @@ def _combination(
         sample.batch_tokens,
         sample.device,
     )
-    damping = np.sum([damping_forms(x, own[layer]) for layer, x in solved.items()], 0)
-    return combination(forms + damping, between_sets(list(products.values()), sample.settings.blocks))
 
 
-def between_sets(products: Sequence[Array], blocks: int) -> Array:
-    """[sets, sets] ⟨x_k, g_s⟩ over all layers, row k, from each layer's [blocks, sets]."""
-    total = np.sum(products, 0)
-    return np.asarray(total.reshape(-1, blocks, total.shape[1]).sum(1).T)
+def combined(products: Mapping[str, Array], forms: Array, damping: Sequence[Array], blocks: int) -> dict[str, Array]:
+    """Each layer's [blocks, sets] products with the combined solutions, from those with its own.
+
+    Args:
+        forms: [sets, sets] UᵀHU.
+        damping: each layer's part of UᵀΛU.
+        blocks: in each set.
+    """
+    total = np.sum(list(products.values()), 0)
+    between = total.reshape(-1, blocks, total.shape[1]).sum(1).T
+    w = combination(np.sum([forms, *damping], 0), between)
+    return {layer: p @ w for layer, p in products.items()}
 
 
 def set_sums(gradients: Iterable[torch.Tensor], blocks: int) -> torch.Tensor:

@@ -23,11 +23,10 @@ from transformers import AutoConfig
 
 from ideal.batches import length
 from ideal.config import Config
-from ideal.curvature.joint import combination
 from ideal.curvature.layers import input_group, layer_shapes
 from ideal.errors import BadInput
 from ideal.influence import shard
-from ideal.solvers import between_sets, block_products, coupled, curvature_blocks, table_of
+from ideal.solvers import block_products, combined, coupled, curvature_blocks, table_of
 from service.cluster import Cluster, Reservation
 from service.data import for_influence
 from service.influence_actor import InfluenceActor
@@ -122,10 +121,8 @@ def influence(
     layers = {layer: row for part in solved for layer, row in part.items()}
     products = {layer: layers[layer].products for layer in shapes}
     if joint:
-        damping = [layers[layer].damping for layer in shapes]
-        between = between_sets(list(products.values()), config.influence.blocks)
-        w = combination(np.sum([*forms, *damping], 0), between)
-        products = {layer: p @ w for layer, p in products.items()}
+        damping = [part for layer in shapes if (part := layers[layer].damping) is not None]
+        products = combined(products, np.sum(forms, 0), damping, config.influence.blocks)
     sizes = [tokens[index] for index in range(len(blocks))]
     by_set = np.array([float(size) for size, _ in sizes]).reshape(-1, config.influence.blocks)
     domains = len(sample.volumes)

@@ -61,7 +61,7 @@ def fidelity(config: Config, console: Console) -> dict[str, Any]:
         StageFailed: a stage broke.
     """
     notice = _notices(console)
-    folder = config.root / "fidelity" / f"{config.name}-{run_key(config)}"
+    folder = config.root / "fidelity" / run_name(config)
     store = Store(config.root, notice)
     tracker = Tracker(config, f"fidelity-{run_key(config)}", folder, notice)
     with connected(config, console) as cluster, Display(console) as display:
@@ -131,7 +131,12 @@ def run_key(config: Config) -> str:
 
 def run_folder(config: Config) -> Path:
     """Where the run's report is."""
-    return config.root / "runs" / f"{config.name}-{run_key(config)}"
+    return config.root / "runs" / run_name(config)
+
+
+def run_name(config: Config) -> str:
+    """The config's name with the run's fingerprint: what reports and jobs are called."""
+    return f"{config.name}-{run_key(config)}"
 
 
 def mlflow_command(config: Config) -> str:

@@ -22,17 +22,12 @@ from rich.table import Table
 
 from ideal.config import Config
 from ideal.errors import BadInput
-from service.run import run_key
+from service.run import run_name
 
 CONFIG = "run.yaml"
 CODE = ("ideal", "service", "jobs")
 UNSENT = shutil.ignore_patterns("__pycache__", "configs", "results")
 WAITING = (JobStatus.PENDING, JobStatus.RUNNING)
-
-
-def job_id(config: Config) -> str:
-    """The job's name on a cluster: the run's, with its fingerprint."""
-    return f"{config.name}-{run_key(config)}"
 
 
 def submit(config: Config, console: Console, address: str | None, follow: bool = True) -> bool:
@@ -50,7 +45,7 @@ def submit(config: Config, console: Console, address: str | None, follow: bool =
     Raises:
         BadInput: no cluster answers, or it lets nobody in without its token.
     """
-    cluster, name = client(address), job_id(config)
+    cluster, name = client(address), run_name(config)
     there = _jobs(cluster).get(name)
     if there and there.status in WAITING:
         console.print(f"{name} is there already, {there.status.value.lower()}: joined")

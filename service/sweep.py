@@ -18,7 +18,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from rich.markup import escape
 from ideal.config import Config
 from ideal.config_file import load
 from ideal.errors import BadInput
+from service import report
 from service.cluster import Cluster
 from service.driver import Optimisation, Outcome
 from service.failures import StageFailed
@@ -115,23 +116,24 @@ def run_trials(trials: list[Trial], console: Console, *, concurrent: int, stop_b
         BadInput: something in a config or the data doesn't hold.
         StageFailed: a trial broke; the others ended.
     """
-    first, started = trials[0].config, time.time()
-    key = sweep_key(trials)
+    started, key = time.time(), sweep_key(trials)
     trackers = {trial.label: tracker_of(trial, key, console) for trial in trials}
-    seen = {record.folder for trial in trials for record in replay(trial.config, lambda _: None).records if record}
-    with connected(first, console) as cluster:
-        lines = Queue(actor_options={"num_cpus": 0})
-        listener = Thread(target=_listen, args=(lines, trackers, {t.label: t for t in trials}, console))
-        listener.start()
-        try:
-            failed = _tune(trials, replace(cluster, shared=concurrent > 1), lines, concurrent, stop_behind)
-        finally:
-            lines.put(None)
-            listener.join()
-    outcomes = [replay(trial.config, lambda _: None) for trial in trials]
-    for trial, outcome in zip(trials, outcomes, strict=True):
-        if outcome.iterations:
-            trackers[trial.label].write(outcome)
+    before = [replay(trial.config, lambda _: None) for trial in trials]
+    seen = {record.folder for outcome in before for record in outcome.records if record}
+    failed: list[str] = []
+    if all(outcome.stopped for outcome in before):
+        console.print("every stage of this sweep is recorded: nothing to do")
+    else:
+        with connected(trials[0].config, console) as cluster:
+            lines = Queue(actor_options={"num_cpus": 0})
+            listener = Thread(target=_listen, args=(lines, {t.label: t for t in trials}, trackers, console))
+            listener.start()
+            try:
+                failed = _tune(trials, replace(cluster, shared=concurrent > 1), lines, concurrent, stop_behind)
+            finally:
+                lines.put(None)
+                listener.join()
+    outcomes = [_keep_up(trial, trackers[trial.label]) for trial in trials]
     if failed:
         raise StageFailed(
             f"{len(failed)} of {len(trials)} trials failed: {'; '.join(failed)}\n"
@@ -243,12 +245,21 @@ class _Lines(io.TextIOBase):
         return len(text)
 
 
-def _listen(lines: Queue, trackers: Mapping[str, Tracker], trials: Mapping[str, Trial], console: Console) -> None:
+def _keep_up(trial: Trial, tracker: Tracker) -> Outcome:
+    """Write to MLflow what a trial's records say, and once it is at its end its report."""
+    outcome = replay(trial.config, lambda _: None)
+    if outcome.stopped:
+        report.write(run_folder(trial.config), trial.config, outcome)
+    if outcome.iterations:
+        tracker.write(outcome)
+    return outcome
+
+
+def _listen(lines: Queue, trials: Mapping[str, Trial], trackers: Mapping[str, Tracker], console: Console) -> None:
     """Show what trials say, and keep MLflow up with them: this process is its only writer."""
-    silent: Callable[[str], None] = lambda line: None  # noqa: E731
     while (said := lines.get()) is not None:
         label, line = said
         if line is None:
-            trackers[label].write(replay(trials[label].config, silent))
+            _keep_up(trials[label], trackers[label])
         else:
             console.print(escape(f"{label} │ {line}"), soft_wrap=True)

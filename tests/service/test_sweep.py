@@ -1,0 +1,94 @@
+"""The grid of a sweep, and what is said of its trials, on made-up outcomes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ideal.errors import BadInput
+from service import sweep_report
+from service.driver import Outcome
+from service.reference import BY_EXAMPLE
+from service.sweep import Findings, grid, sweep_key
+from tests.service.conftest import tree
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree(tmp_path / "store")))
+    return path
+
+
+def test_every_combination_is_a_trial(path: Path) -> None:
+    trials = grid(path, ["sft.epochs=2"], {"equilibrium.m": ["0.1", "0.2"], "seed": ["0", "1"]})
+    assert [t.label for t in trials] == ["m=0.1, seed=0", "m=0.1, seed=1", "m=0.2, seed=0", "m=0.2, seed=1"]
+    assert [(t.config.equilibrium.m, t.config.seed) for t in trials] == [(0.1, 0), (0.1, 1), (0.2, 0), (0.2, 1)]
+    assert {t.config.sft.epochs for t in trials} == {2}
+    assert sweep_key(trials) == sweep_key(trials[::-1]) != sweep_key(trials[1:])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "nothing to sweep over"),
+        ({"equilibrium.m": []}, "nothing to sweep over"),
+        ({"equilibrium.m": ["0.2", "0.20"]}, "is the same run as m=0.2"),
+        ({"equilibrium.m": ["0.2", "much"]}, "equilibrium.m"),
+        ({"equilibrium.n": ["1"]}, "unknown key"),
+    ],
+)
+def test_a_grid_that_does_not_hold_is_refused(path: Path, values: dict[str, list[str]], words: str) -> None:
+    with pytest.raises(BadInput) as problem:
+        grid(path, None, values)
+    assert words in str(problem.value)
+
+
+@pytest.fixture
+def findings(path: Path, outcome: Outcome) -> Findings:
+    """Two seeds of two values; the second value's losses are lower on every example."""
+    trials = grid(path, None, {"equilibrium.m": ["0.1", "0.2"], "seed": ["0", "1"]})
+    outcomes = []
+    for number, _ in enumerate(trials):
+        made = Outcome(outcome.data, outcome.iterations[:1], "all 1 iterations done")
+        folder = path.parent / str(number)
+        folder.mkdir()
+        lower = 0.5 if number >= 2 else 1.0
+        (folder / BY_EXAMPLE).write_text(json.dumps({"math": [[lower, 2 * lower], [1, 2]], "chat": [[lower], [1]]}))
+        first = made.iterations[0]
+        reference = type(first.reference)(**{**vars(first.reference), "folder": folder})
+        made.iterations = [type(first)(**{**vars(first), "reference": reference})]
+        outcomes.append(made)
+    return Findings(trials, outcomes, 9.0, 3.0)
+
+
+def test_seeds_are_repeats_and_the_lower_loss_is_best(findings: Findings, tmp_path: Path) -> None:
+    found = sweep_report.summary(findings)
+    assert [(s["label"], s["loss"], s["chance"]) for s in found["settings"]] == [
+        ("m=0.1", 1.0, 0.0),
+        ("m=0.2", 0.5, 1.0),
+    ]
+    assert found["best"] == "m=0.2"
+    assert found["best_between"] == (0.2, 0.2)
+    assert found["cost"]["stages"] < found["cost"]["apart"]
+    text = sweep_report.write(tmp_path / "report", found).read_text()
+    assert "Best on the reference sets: m=0.2, in 100% of resamples" in text
+    assert (tmp_path / "report" / "sweep.png").exists()
+    assert json.loads((tmp_path / "report" / "sweep.json").read_text())["best"] == "m=0.2"
+
+
+def test_a_trial_that_was_stopped_says_so(findings: Findings) -> None:
+    findings.outcomes[0].stopped = ""
+    assert sweep_report.summary(findings)["trials"][0]["stopped"] == "stopped at D0: behind the others"
+
+
+def test_other_reference_sets_are_not_compared(findings: Findings) -> None:
+    other = findings.outcomes[3].equilibrium.reference.folder / BY_EXAMPLE
+    other.write_text(json.dumps({"math": [[1.0], [3]], "chat": [[1.0], [1]]}))
+    found = sweep_report.summary(findings)
+    assert "best" not in found
+    assert "can't be compared" in sweep_report.conclusion(found)[0]
+    assert len(sweep_report._rows(found)) == 2
