@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ideal.chat import ChatEncoder, Example, Unusable
+from ideal.chat import ChatEncoder, Example, Message, Unusable
 from ideal.config import Config, Source
 from ideal.errors import BadInput
 from ideal.examples import ExampleSet
@@ -52,13 +52,18 @@ class Account:
 
 @dataclass
 class Domain:
-    """A capability, ready to be mixed: its pool of training examples and its reference set."""
+    """A capability, ready to be mixed: its pool of training examples and its reference set.
+
+    Attributes:
+        chats: the pool's examples as messages, in its order.
+        account: of both sources: rows, used, rejected by reason, overlapping.
+    """
 
     name: str
     train: ExampleSet
     reference: ExampleSet
+    chats: list[list[Message]]
     account: dict[str, Any]
-    """Of both sources: rows, used, rejected by reason, overlapping."""
 
 
 def prepare(
@@ -81,7 +86,8 @@ def prepare(
     for domain in config.domains:
         where = f"domains.{domain.name}.reference"
         accounts[where] = Account()
-        references[domain.name] = _encode(domain.reference, where, encoder, accounts[where], config.max_rejected)
+        read = _encode(domain.reference, where, encoder, accounts[where], config.max_rejected)
+        references[domain.name] = [example for example, _ in read]
     held_out = {_key(text) for text in benchmark_texts}
     held_out |= {_key(example.prompt) for examples in references.values() for example in examples}
     held_out.discard(_key(""))
@@ -92,15 +98,16 @@ def prepare(
         where = f"domains.{domain.name}.train"
         account = accounts[where] = Account()
         read = _encode(domain.train, where, encoder, account, config.max_rejected)
-        pool = [example for example in read if _key(example.prompt) not in held_out]
+        pool = [(example, chat) for example, chat in read if _key(example.prompt) not in held_out]
         account.overlapping, account.used = len(read) - len(pool), len(pool)
         if not pool:
             raise BadInput(where, "holds nothing that isn't in a reference set or benchmark too", "give other rows")
         domains.append(
             Domain(
                 domain.name,
-                ExampleSet.of(pool),
+                ExampleSet.of([example for example, _ in pool]),
                 ExampleSet.of(references[domain.name]),
+                [chat for _, chat in pool],
                 {
                     "train": account.as_dict(),
                     "reference": accounts[f"domains.{domain.name}.reference"].as_dict(),
@@ -140,12 +147,15 @@ def starting_volumes(config: Config, found: Mapping[str, Mapping[str, Any]]) -> 
     return volumes
 
 
-def _encode(source: Source, where: str, encoder: ChatEncoder, account: Account, max_rejected: float) -> list[Example]:
+def _encode(
+    source: Source, where: str, encoder: ChatEncoder, account: Account, max_rejected: float
+) -> list[tuple[Example, list[Message]]]:
     examples = []
     for place, row in rows(source, where):
         account.rows += 1
         try:
-            examples.append(encoder.encode(messages(row, source, where)))
+            chat = messages(row, source, where)
+            examples.append((encoder.encode(chat), chat))
         except Unusable as reason:
             account.reject(place, str(reason))
     account.used = len(examples)

@@ -136,6 +136,18 @@ def sensitivity(config: ConfigPath, set_: Overrides = None) -> None:
 
 
 @app.command()
+def export(
+    config: ConfigPath,
+    to: Annotated[Path, typer.Option(help="A new folder.", show_default=False)],
+    set_: Overrides = None,
+) -> None:
+    """Write a run's mixture for other trainers: as data, as sampling probabilities, and as their configs."""
+    from service import export as exports
+
+    exports.export(load(config, set_), to, Console())
+
+
+@app.command()
 def submit(
     config: ConfigPath,
     set_: Overrides = None,

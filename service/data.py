@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from ideal.benchmarks import tasks
 from ideal.chat import ChatEncoder
 from ideal.config import Config, ModelConfig, Source
-from ideal.domains import prepare
+from ideal.domains import Domain, prepare
 from ideal.model import load_tokenizer, local_folder, materialise, read_template
 from ideal.pretraining import pretrain
 from ideal.sources import files_of
@@ -104,11 +105,8 @@ def data(folder: Path, *, model: Path, config: Config, progress: Reporter) -> di
     Returns:
         for each domain: pool, reference, tokens_per_example (supervised), and the account of its rows.
     """
-    encoder = ChatEncoder(load_tokenizer(model / MODEL), config.model.max_tokens)
-    loaded = tasks.load(config.benchmarks, allow_code_execution=config.allow_code_execution)
-    held_out = [text for benchmark in loaded.values() for text in tasks.documents(benchmark)]
     found = {}
-    for domain in prepare(config, encoder, held_out, progress):
+    for domain in domains(config, model / MODEL, progress):
         domain.train.save(train_file(folder, domain.name))
         domain.reference.save(reference_file(folder, domain.name))
         found[domain.name] = {
@@ -118,6 +116,22 @@ def data(folder: Path, *, model: Path, config: Config, progress: Reporter) -> di
             "account": domain.account,
         }
     return found
+
+
+def domains(
+    config: Config,
+    model: Path,
+    progress: Callable[[str, int, int], None] = lambda message, done, total: None,
+) -> list[Domain]:
+    """All domains, without what their benchmarks ask.
+
+    Args:
+        model: a folder with the tokenizer.
+    """
+    encoder = ChatEncoder(load_tokenizer(model), config.model.max_tokens)
+    loaded = tasks.load(config.benchmarks, allow_code_execution=config.allow_code_execution)
+    held_out = [text for benchmark in loaded.values() for text in tasks.documents(benchmark)]
+    return prepare(config, encoder, held_out, progress)
 
 
 def _source(where: str, source: Source) -> dict[str, Any]:

@@ -73,13 +73,13 @@ class Findings:
     Attributes:
         outcomes: by trial; one that was stopped early has no ``stopped``.
         wall: seconds the sweep took this time.
-        fresh: seconds of the stages that it ran this time.
+        before: folders of the stages that were recorded when it began.
     """
 
     trials: list[Trial]
     outcomes: list[Outcome]
     wall: float
-    fresh: float
+    before: set[Path]
 
 
 def grid(path: str | Path, overrides: list[str] | None, values: Mapping[str, list[str]]) -> list[Trial]:
@@ -119,7 +119,7 @@ def run_trials(trials: list[Trial], console: Console, *, concurrent: int, stop_b
     started, key = time.time(), sweep_key(trials)
     trackers = {trial.label: tracker_of(trial, key, console) for trial in trials}
     before = [replay(trial.config, lambda _: None) for trial in trials]
-    seen = {record.folder for outcome in before for record in outcome.records if record}
+    recorded = {record.folder for outcome in before for record in outcome.records if record}
     failed: list[str] = []
     if all(outcome.stopped for outcome in before):
         console.print("every stage of this sweep is recorded: nothing to do")
@@ -139,9 +139,7 @@ def run_trials(trials: list[Trial], console: Console, *, concurrent: int, stop_b
             f"{len(failed)} of {len(trials)} trials failed: {'; '.join(failed)}\n"
             "  → their errors are above; the same command runs what is missing"
         )
-    records = {record.folder: record for outcome in outcomes for record in outcome.records}
-    fresh = sum(record.seconds for folder, record in records.items() if folder not in seen)
-    return Findings(trials, outcomes, time.time() - started, fresh)
+    return Findings(trials, outcomes, time.time() - started, recorded)
 
 
 def sweep_key(trials: list[Trial]) -> str:

@@ -90,9 +90,8 @@ def conclusion(found: dict[str, Any]) -> list[str]:
         lines[0] += "."
     cost = found["cost"]
     lines.append(
-        f"Stages of {len(found['trials'])} trials: {cost['stages']:.0f} s, where one run alone takes "
-        f"{cost['first']:.0f} s and all of them without sharing {cost['apart']:.0f} s. "
-        f"This time {cost['fresh']:.0f} s of them ran, in {cost['wall']:.0f} s."
+        f"{len(found['trials'])} trials are {cost['stages']} stages, and would be {cost['apart']} if they shared none; "
+        f"{cost['fresh']} of them ran now, in {cost['wall']:.0f} s."
     )
     return lines
 
@@ -211,14 +210,13 @@ def _trial(trial: Trial, outcome: Outcome) -> dict[str, Any]:
 
 
 def _cost(findings: Findings) -> dict[str, float]:
-    """Seconds: of all stages, of the first trial's alone, of each trial's without sharing, and of this time."""
-    alone = [{record.folder: record.seconds for record in outcome.records} for outcome in findings.outcomes]
-    together = {folder: seconds for records in alone for folder, seconds in records.items()}
+    """Stages of all trials, stages if each trial ran its own, stages that ran this time, and its seconds."""
+    alone = [{record.folder for record in outcome.records} for outcome in findings.outcomes]
+    together = set().union(*alone)
     return {
-        "stages": sum(together.values()),
-        "first": sum(alone[0].values()),
-        "apart": sum(sum(records.values()) for records in alone),
-        "fresh": findings.fresh,
+        "stages": len(together),
+        "apart": sum(map(len, alone)),
+        "fresh": len(together - findings.before),
         "wall": findings.wall,
     }
 

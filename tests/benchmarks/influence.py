@@ -8,8 +8,9 @@ grows by from before it loads the model (so the model's own 0.5 GB is in it).
 
 - `plain`: one forward and backward pass with all weights' gradients. Only supervised positions pass through the head,
   which makes it the smaller of two possible yardsticks; `plain, all logits` is the other.
-- `kfac`, `ekfac`, `exact`: ``influence_tables``, everything included. `exact` (``--exact``) is damped by a made-up
-  constant Λ in place of the optimiser's.
+- `kfac`, `ekfac`, `joint`, `exact`: one actor of the service with all of this process's threads, its files included.
+  `joint` and `exact` (``--exact``) are damped by a made-up constant Λ in place of the optimiser's; the examples that
+  they see the curvature on are a fixed number.
 - `kronfluence`: fits its factors on the same training examples and scores. It has no notion of domains, and
   per-example gradients of these layers don't fit into memory, so the cheapest way to the matrix is taken: a domain's
   summed gradient as the *query* (the influence is symmetric, and there are more training than reference tokens), and
@@ -34,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from ideal.batches import IGNORED, Item, batches, length
@@ -47,8 +49,10 @@ from ideal.examples import ExampleSet
 from ideal.influence import Array, split
 from ideal.mixture import draw
 from ideal.model import load_model, load_tokenizer, materialise, summed_loss, supervised_logits
-from ideal.solvers import Sampled, influence_tables
+from ideal.solvers import block_products, combined, curvature_blocks, table_of
+from ideal.training import DAMPING
 from service.data import MODEL, reference_file, train_file
+from service.influence_actor import InfluenceActor
 from tests.service.peak import status
 
 CPU = torch.device("cpu")
@@ -63,12 +67,14 @@ class Setting:
     """What every process is told.
 
     Attributes:
+        config: what isn't said here.
         folder: the model, and the examples of every set.
         names: the domains.
         train, reference: input tokens in all domains' samples together, and in all reference sets.
         dealt: deal the training sample out to so many domains, as if they were cards; 0 leaves the domains as they are.
     """
 
+    config: str
     folder: str
     names: list[str]
     layers: list[str]
@@ -161,18 +167,50 @@ def plain(model: nn.Module, blocks: list[Block], setting: Setting, whole: bool) 
 def ours(
     solver: str, model: nn.Module, layers: list[str], blocks: list[Block], domains: int, setting: Setting
 ) -> Array:
-    damping = {}
-    if solver in ("exact", "joint"):
-        weights = {f"{layer}.weight": model.get_parameter(f"{layer}.weight") for layer in layers}
-        damping = {name: torch.full(weight.shape, MADE_UP) for name, weight in weights.items()}
     asked: dict[str, Any] = {"solver": solver, "joint": False, "damping": 0.1}
     if solver == "exact":
         asked["damping"] = "schedule"
     if solver == "joint":
         asked = {"solver": "kfac", "joint": True}
-    settings = InfluenceConfig.model_validate({**asked, "blocks": setting.blocks})
-    given = Sampled(blocks, domains, settings, damping, setting.seed, setting.batch_tokens, CPU)
-    return influence_tables(model, layers, given, [settings.solver])[settings.solver].matrix()
+    settings = InfluenceConfig.model_validate({**asked, "blocks": setting.blocks, "precision": "fp32"})
+    config = load(setting.config, [])
+    resources = config.resources.model_copy(update={"batch_tokens": setting.batch_tokens})
+    config = config.model_copy(update={"influence": settings, "resources": resources, "seed": setting.seed})
+    checkpoint, threads = Path(setting.folder) / MODEL, torch.get_num_threads()
+    if settings.solver == "exact" or settings.joint:
+        shapes = {layer: model.get_parameter(f"{layer}.weight").shape for layer in layers}
+        save_file({f"{x}.weight": torch.full(s, MADE_UP) for x, s in shapes.items()}, checkpoint.parent / DAMPING)
+    del model  # the actor loads its own
+    make = InfluenceActor.__ray_metadata__.modified_class
+    with tempfile.TemporaryDirectory(dir=setting.folder) as work:
+        actor = make(checkpoint, Given(blocks, domains), layers, Path(work) / "layers-0", config)
+        torch.set_num_threads(threads)
+        sizes = list(actor.accumulate(0, list(range(len(blocks))), None).values())
+        if solver == "ekfac":
+            actor.decompose(layers, 1)
+            actor.refine(0, list(range(len(blocks))))
+        if solver == "exact":
+            chosen = curvature_blocks(blocks, domains, settings)
+            solved = actor.exact([list(range(len(chosen)))], [], None)
+        else:
+            solved = actor.solve(layers, 1, None)
+        products = {layer: solved[layer].products for layer in layers}
+        if settings.joint:
+            forms = actor.forms(layers, list(range(len(curvature_blocks(blocks, domains, settings)))), 1)
+            products = combined(products, forms, [solved[layer].damping for layer in layers], setting.blocks)
+    tokens = np.array([float(size) for size, _ in sizes]).reshape(-1, setting.blocks)
+    rows = [block_products(p, tokens, domains) for p in products.values()]
+    return table_of(rows, sizes, domains, setting.blocks).matrix()
+
+
+class Given:
+    """A sample as the service's actors know it, of blocks that are there already."""
+
+    def __init__(self, blocks: list[Block], domains: int) -> None:
+        self.given, self.volumes = blocks, {str(number): 0 for number in range(domains)}
+
+    def blocks(self) -> list[Block]:
+        return self.given
 
 
 def kronfluence(
@@ -267,7 +305,15 @@ def written(folder: Path, arguments: argparse.Namespace) -> Setting:
     layers = SMALL if arguments.small else ["*.mlp.*"]
     names = [domain.name for domain in config.domains]
     return Setting(
-        str(folder), names, layers, 5000 // part, 2600 // part, 1024, config.seed, kronfluence=arguments.kronfluence
+        str(arguments.config),
+        str(folder),
+        names,
+        layers,
+        5000 // part,
+        2600 // part,
+        1024,
+        config.seed,
+        kronfluence=arguments.kronfluence,
     )
 
 
@@ -299,12 +345,14 @@ def compare(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def scale(name: str, settings: dict[str, Setting]) -> dict[str, Any]:
-    """`kfac` in several settings."""
-    print(f"\n{name:<21}{'tokens':>9}{'seconds':>9}")
+    """`plain`, `kfac` and `joint` in several settings, in seconds."""
+    parts = ("plain", "kfac", "joint")
+    print(f"\n{name:<12}{'tokens':>9}" + "".join(f"{part:>9}" for part in parts))
     found = {}
     for label, setting in settings.items():
-        one = found[label] = child("kfac", setting)
-        print(f"{label:<21}{one['tokens']:>9}{one['seconds']:>9.1f}", flush=True)
+        found[label] = {part: child(part, setting) for part in parts}
+        seconds = "".join(f"{one['seconds']:>9.1f}" for one in found[label].values())
+        print(f"{label:<12}{found[label]['kfac']['tokens']:>9}{seconds}", flush=True)
     return found
 
 
@@ -330,11 +378,11 @@ def main() -> None:
         few = replace(setting, layers=SMALL)
         if arguments.domains:
             counts = [int(n) for n in arguments.domains.split(",")]
-            results["domains"] = scale("kfac by domains", {str(n): replace(few, dealt=n) for n in counts})
+            results["domains"] = scale("domains", {str(n): replace(few, dealt=n) for n in counts})
         if arguments.tokens:
             sizes = [2**n for n in range(arguments.tokens + 1)]
             results["tokens"] = scale(
-                "kfac by tokens",
+                "tokens",
                 {f"× {n}": replace(few, train=n * few.train, reference=n * few.reference) for n in sizes},
             )
     if arguments.json:

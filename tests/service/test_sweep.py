@@ -62,7 +62,7 @@ def findings(path: Path, outcome: Outcome) -> Findings:
         reference = type(first.reference)(**{**vars(first.reference), "folder": folder})
         made.iterations = [type(first)(**{**vars(first), "reference": reference})]
         outcomes.append(made)
-    return Findings(trials, outcomes, 9.0, 3.0)
+    return Findings(trials, outcomes, 9.0, {outcome.data.folder})
 
 
 def test_seeds_are_repeats_and_the_lower_loss_is_best(findings: Findings, tmp_path: Path) -> None:
@@ -73,7 +73,10 @@ def test_seeds_are_repeats_and_the_lower_loss_is_best(findings: Findings, tmp_pa
     ]
     assert found["best"] == "m=0.2"
     assert found["best_between"] == (0.2, 0.2)
-    assert found["cost"]["stages"] < found["cost"]["apart"]
+    per_run = len(findings.outcomes[0].records)
+    assert found["cost"]["apart"] == 4 * per_run
+    assert found["cost"]["stages"] == 4 + per_run - 1, "the reference losses are each trial's own"
+    assert found["cost"]["fresh"] == found["cost"]["stages"] - 1
     text = sweep_report.write(tmp_path / "report", found).read_text()
     assert "Best on the reference sets: m=0.2, in 100% of resamples" in text
     assert (tmp_path / "report" / "sweep.png").exists()

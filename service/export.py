@@ -1,0 +1,173 @@
+"""``ideal export``: a run's mixture in the forms that other trainers read.
+
+| file | for |
+| --- | --- |
+| `train.jsonl`, `train.parquet`, `dataset/` | the mixture in the order of SFT's first epoch |
+| `domains/*.jsonl`, `mixture.json` | each domain's whole pool, and the probabilities to sample them with |
+| `llama-factory.yaml` (and `dataset_info.json`), `axolotl.yaml`, `trl.yaml` | those trainers, set as the run's SFT |
+
+Examples are chats, `{"messages": […], "domain": …}`, without what was left out as unusable or held out. They are read
+again from their sources, which must still be what the run read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset, disable_progress_bars
+from rich.console import Console
+from rich.markup import escape
+
+from ideal.config import Config
+from ideal.domains import Domain
+from ideal.errors import BadInput
+from ideal.mixture import data_order, draw
+from service import report
+from service.data import MODEL, domains
+from service.driver import Outcome
+from service.run import replay, run_name
+from service.stages import RECORD
+
+DECAY = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+"""Our names of schedules in transformers' words."""
+
+
+def export(config: Config, to: Path, console: Console) -> None:
+    """Write the mixture that a run has come to; the run may go on.
+
+    Args:
+        to: a folder that isn't there yet, or is empty.
+
+    Raises:
+        BadInput: nothing is recorded, the sources aren't what they were, or the folder holds something.
+    """
+    outcome = replay(config, lambda line: console.print(escape(line)))
+    if not outcome.iterations:
+        raise BadInput("export", "nothing of this run is recorded yet", "run it first")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise BadInput("--to", f"{to} isn't an empty folder", "name another")
+    if not outcome.stopped:
+        console.print(f"[yellow]![/] the run isn't at its end: this is {report.label(outcome.equilibrium)}")
+    final = outcome.equilibrium
+    read = domains(config, final.sft.folder / MODEL)
+    for domain in read:
+        if len(domain.chats) != outcome.data.result[domain.name]["pool"]:
+            raise BadInput(
+                f"domains.{domain.name}.train",
+                f"has {len(domain.chats)} usable rows now, {outcome.data.result[domain.name]['pool']} in the run",
+                "put the files back as they were",
+            )
+    (to / "domains").mkdir(parents=True)
+    for domain in read:
+        _lines(to / "domains" / f"{domain.name}.jsonl", rows_of(domain))
+    mixture = mixed(read, final.volumes, config.seed)
+    _lines(to / "train.jsonl", mixture)
+    disable_progress_bars()
+    dataset = Dataset.from_list(mixture)
+    dataset.to_parquet(to / "train.parquet")
+    dataset.save_to_disk(to / "dataset")
+    (to / "mixture.json").write_text(json.dumps(_mixture(config, outcome), indent=1) + "\n")
+    for name, tree in trainers(config, base_of(config, outcome)).items():
+        (to / name).write_text(json.dumps(tree, indent=1) if name.endswith("json") else yaml.safe_dump(tree))
+    console.print(f"{report.label(final)}: {len(mixture)} examples of {len(read)} domains in {to}", soft_wrap=True)
+
+
+def rows_of(domain: Domain) -> list[dict[str, Any]]:
+    """A domain's pool."""
+    return [{"messages": chat, "domain": domain.name} for chat in domain.chats]
+
+
+def mixed(read: Iterable[Domain], volumes: dict[str, int], seed: int) -> list[dict[str, Any]]:
+    """The mixture's examples in the order of SFT's first epoch."""
+    pools = {domain.name: rows_of(domain) for domain in read}
+    drawn = [pools[name][i] for name, volume in volumes.items() for i in draw(len(pools[name]), volume, seed, name)]
+    return [drawn[position] for position in data_order(volumes, 1.0, seed)]
+
+
+def base_of(config: Config, outcome: Outcome) -> str:
+    """The base model as other trainers can load it: a folder or a hub id."""
+    if config.model.source not in ("smollm2", "made"):
+        return config.model.source
+    model = json.loads((outcome.data.folder / RECORD).read_text())["inputs"]["model"]
+    return str(config.root / "stages" / "model" / model / MODEL)
+
+
+def trainers(config: Config, model: str) -> dict[str, Any]:
+    """Each trainer's file, to be used from the export's folder."""
+    sft = config.sft
+    shared = {
+        "learning_rate": sft.learning_rate,
+        "weight_decay": sft.weight_decay,
+        "adam_beta1": sft.beta1,
+        "adam_beta2": sft.beta2,
+        "max_grad_norm": sft.clip_norm,
+        "seed": config.seed,
+        "bf16": sft.precision == "bf16",
+        "gradient_accumulation_steps": sft.batch_examples,
+    }
+    rate = {"lr_scheduler_type": DECAY[sft.decay], "warmup_ratio": sft.warmup}
+    own = {"model_name_or_path": model, "per_device_train_batch_size": 1, "num_train_epochs": sft.epochs}
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user"}
+    tags |= {"assistant_tag": "assistant", "system_tag": "system"}
+    form = {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
+    return {
+        "dataset_info.json": {"ideal": {"file_name": "train.jsonl", **form}},
+        "llama-factory.yaml": {
+            **shared,
+            **own,
+            **rate,
+            "stage": "sft",
+            "do_train": True,
+            "finetuning_type": "full",
+            "dataset_dir": ".",
+            "dataset": "ideal",
+            "cutoff_len": config.model.max_tokens,
+            "output_dir": "llama-factory",
+        },
+        "axolotl.yaml": {
+            **shared,
+            "base_model": model,
+            "datasets": [
+                {"path": "train.jsonl", "ds_type": "json", "type": "chat_template", "field_messages": "messages"}
+            ],
+            "sequence_len": config.model.max_tokens,
+            "micro_batch_size": 1,
+            "num_epochs": sft.epochs,
+            "optimizer": "adamw_torch",
+            "lr_scheduler": DECAY[sft.decay],
+            "warmup_ratio": sft.warmup,
+            "output_dir": "axolotl",
+        },
+        "trl.yaml": {
+            **shared,
+            **own,
+            "lr_scheduler_type": DECAY[sft.decay],
+            "warmup_steps": sft.warmup,  # transformers 5: below 1 it is a share
+            "datasets": [{"path": "json", "data_files": "train.jsonl", "split": "train"}],
+            "max_length": config.model.max_tokens,
+            "assistant_only_loss": True,
+            "output_dir": "trl",
+        },
+    }
+
+
+def _mixture(config: Config, outcome: Outcome) -> dict[str, Any]:
+    volumes = outcome.equilibrium.volumes
+    total = sum(volumes.values())
+    return {
+        "run": run_name(config),
+        "at": report.label(outcome.equilibrium),
+        "seed": config.seed,
+        "volumes": volumes,
+        "pools": {name: found["pool"] for name, found in outcome.data.result.items()},
+        "probabilities": {name: volume / total for name, volume in volumes.items()},
+    }
+
+
+def _lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,0 +1,145 @@
+"""What other trainers are given is what SFT trained on, and their own loaders read it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from datasets import Dataset, interleave_datasets, load_dataset, load_from_disk
+from rich.console import Console
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from trl.scripts.utils import DatasetMixtureConfig, get_dataset
+
+from ideal.chat import ChatEncoder
+from ideal.config import Config
+from ideal.config_file import load
+from ideal.errors import BadInput
+from ideal.mixture import draw
+from ideal.model import load_tokenizer
+from ideal.training import plan
+from service.data import MODEL, domains
+from service.driver import Outcome
+from service.export import base_of, export
+from tests.service.conftest import tree
+from tests.tiny import make_model
+
+VOLUMES = {"math": 30, "chat": 7}
+POOL = 20
+
+
+@pytest.fixture
+def run(tmp_path: Path, outcome: Outcome, monkeypatch: pytest.MonkeyPatch) -> tuple[Config, Outcome]:
+    """A recorded run on files of its own; math is drawn once and a half."""
+    made = tree(tmp_path / "store")
+    for number, domain in enumerate(made["domains"]):
+        for part, start in (("train", 0), ("reference", 500)):
+            path = tmp_path / f"{domain['name']}-{part}.jsonl"
+            questions = range(number * 1000 + start, number * 1000 + start + POOL)
+            rows = [{"prompt": f"Say {n} twice.", "completion": f"{n} {n}"} for n in questions]
+            path.write_text("\n".join(map(json.dumps, [*rows, {"prompt": "empty", "completion": ""}])))
+            domain[part] = {"files": [str(path)]}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**made, "max_rejected": 0.5}))
+    config = load(path)
+    final = outcome.equilibrium
+    make_model(final.sft.folder / MODEL)
+    final.volumes = dict(VOLUMES)
+    for found in outcome.data.result.values():
+        found["pool"] = POOL
+    monkeypatch.setattr("service.export.replay", lambda *_: outcome)
+    return config, outcome
+
+
+@pytest.fixture
+def folder(run: tuple[Config, Outcome], tmp_path: Path) -> Path:
+    export(run[0], tmp_path / "out", Console(quiet=True))
+    return tmp_path / "out"
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_examples_are_those_of_sfts_first_epoch_in_their_order(run: tuple[Config, Outcome], folder: Path) -> None:
+    config, outcome = run
+    model = outcome.equilibrium.sft.folder / MODEL
+    read = {domain.name: domain.train for domain in domains(config, model)}
+    encoder = ChatEncoder(load_tokenizer(model), config.model.max_tokens)
+    items = [read[name][i] for name, v in VOLUMES.items() for i in draw(POOL, v, config.seed, name)]
+    trained = [items[position] for step in plan(VOLUMES, config.sft, config.seed) for position in step.picks]
+    exported = [encoder.encode(row["messages"]) for row in lines(folder / "train.jsonl")]
+    assert len(exported) == sum(VOLUMES.values())
+    for (ids, supervised), example in zip(trained, exported, strict=False):
+        assert ids.tolist() == example.ids
+        assert supervised.tolist() == example.supervised
+    counts = [row["domain"] for row in lines(folder / "train.jsonl")]
+    assert {name: counts.count(name) for name in VOLUMES} == VOLUMES
+
+
+def test_all_forms_hold_the_same(folder: Path) -> None:
+    rows = lines(folder / "train.jsonl")
+    assert load_from_disk(folder / "dataset").to_list() == rows
+    assert Dataset.from_parquet(str(folder / "train.parquet"), cache_dir=str(folder / "cache")).to_list() == rows
+
+
+def test_pools_and_probabilities_give_the_mixture(folder: Path) -> None:
+    mixture = json.loads((folder / "mixture.json").read_text())
+    assert mixture["volumes"] == VOLUMES
+    pools = [
+        load_dataset(
+            "json", data_files=str(folder / "domains" / f"{name}.jsonl"), split="train", cache_dir=str(folder / "c")
+        )
+        for name in mixture["probabilities"]
+    ]
+    assert [len(pool) for pool in pools] == [POOL, POOL]
+    many = interleave_datasets(
+        [pool.select(np.arange(1000) % POOL) for pool in pools],
+        probabilities=list(mixture["probabilities"].values()),
+        seed=0,
+    )
+    share = np.mean([name == "math" for name in many["domain"]])
+    assert share == pytest.approx(30 / 37, abs=0.03)
+
+
+def test_trl_reads_its_file(folder: Path, run: tuple[Config, Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig))
+    arguments = ["--config", "trl.yaml", "--use_cpu", "true", "--report_to", "none"]
+    _, training, model, mixture = parser.parse_args_and_config(arguments)
+    assert get_dataset(mixture)["train"].to_list() == lines(folder / "train.jsonl")
+    sft = run[0].sft
+    assert training.learning_rate == sft.learning_rate
+    assert training.gradient_accumulation_steps * training.per_device_train_batch_size == sft.batch_examples
+    assert training.get_warmup_steps(100) == round(100 * sft.warmup)
+    assert model.model_name_or_path == run[0].model.source
+
+
+def test_nothing_is_overwritten_and_changed_sources_are_refused(run: tuple[Config, Outcome], folder: Path) -> None:
+    config, _ = run
+    with pytest.raises(BadInput, match="isn't an empty folder"):
+        export(config, folder, Console(quiet=True))
+    files = config.domains[0].train.files
+    assert files
+    Path(files[0]).write_text(Path(files[0]).read_text().splitlines()[0] + "\n")
+    with pytest.raises(BadInput, match="1 usable rows now, 20 in the run"):
+        export(config, folder.parent / "other", Console(quiet=True))
+    assert not (folder.parent / "other").exists()
+
+
+def test_before_the_first_iteration_there_is_nothing(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="run it first"):
+        export(config, tmp_path / "out", Console(quiet=True))
+
+
+def test_a_model_that_the_project_made_is_named_by_its_folder(run: tuple[Config, Outcome]) -> None:
+    config, outcome = run
+    outcome.data.folder.mkdir(parents=True, exist_ok=True)
+    (outcome.data.folder / "stage.json").write_text(json.dumps({"inputs": {"model": "abc"}}))
+    made = config.model_copy(update={"model": config.model.model_copy(update={"source": "smollm2"})})
+    assert base_of(config, outcome) == config.model.source
+    assert base_of(made, outcome) == str(config.root / "stages/model/abc/model")
