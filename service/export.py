@@ -13,6 +13,7 @@ again from their sources, which must still be what the run read.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def export(config: Config, to: Path, console: Console) -> None:
     dataset.to_parquet(to / "train.parquet")
     dataset.save_to_disk(to / "dataset")
     (to / "mixture.json").write_text(json.dumps(_mixture(config, outcome), indent=1) + "\n")
-    for name, tree in trainers(config, base_of(config, outcome)).items():
+    for name, tree in trainers(config, base_of(config, outcome), len(mixture)).items():
         (to / name).write_text(json.dumps(tree, indent=1) if name.endswith("json") else yaml.safe_dump(tree))
     console.print(f"{report.label(final)}: {len(mixture)} examples of {len(read)} domains in {to}", soft_wrap=True)
 
@@ -96,9 +97,10 @@ def base_of(config: Config, outcome: Outcome) -> str:
     return str(config.root / "stages" / "model" / model / MODEL)
 
 
-def trainers(config: Config, model: str) -> dict[str, Any]:
-    """Each trainer's file, to be used from the export's folder."""
+def trainers(config: Config, model: str, examples: int) -> dict[str, Any]:
+    """Each trainer's file, to be used from the export's folder, for so many examples."""
     sft = config.sft
+    steps = math.ceil(examples * sft.epochs / sft.batch_examples)
     shared = {
         "learning_rate": sft.learning_rate,
         "weight_decay": sft.weight_decay,
@@ -108,8 +110,8 @@ def trainers(config: Config, model: str) -> dict[str, Any]:
         "seed": config.seed,
         "bf16": sft.precision == "bf16",
         "gradient_accumulation_steps": sft.batch_examples,
+        "warmup_steps": round(sft.warmup * steps),  # a share goes by another name in every version of transformers
     }
-    rate = {"lr_scheduler_type": DECAY[sft.decay], "warmup_ratio": sft.warmup}
     own = {"model_name_or_path": model, "per_device_train_batch_size": 1, "num_train_epochs": sft.epochs}
     tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user"}
     tags |= {"assistant_tag": "assistant", "system_tag": "system"}
@@ -119,7 +121,7 @@ def trainers(config: Config, model: str) -> dict[str, Any]:
         "llama-factory.yaml": {
             **shared,
             **own,
-            **rate,
+            "lr_scheduler_type": DECAY[sft.decay],
             "stage": "sft",
             "do_train": True,
             "finetuning_type": "full",
@@ -139,14 +141,12 @@ def trainers(config: Config, model: str) -> dict[str, Any]:
             "num_epochs": sft.epochs,
             "optimizer": "adamw_torch",
             "lr_scheduler": DECAY[sft.decay],
-            "warmup_ratio": sft.warmup,
             "output_dir": "axolotl",
         },
         "trl.yaml": {
             **shared,
             **own,
             "lr_scheduler_type": DECAY[sft.decay],
-            "warmup_steps": sft.warmup,  # transformers 5: below 1 it is a share
             "datasets": [{"path": "json", "data_files": "train.jsonl", "split": "train"}],
             "max_length": config.model.max_tokens,
             "assistant_only_loss": True,

@@ -24,6 +24,7 @@ from ideal.training import plan
 from service.data import MODEL, domains
 from service.driver import Outcome
 from service.export import base_of, export
+from service.stages import RECORD
 from tests.service.conftest import tree
 from tests.tiny import make_model
 
@@ -47,6 +48,7 @@ def run(tmp_path: Path, outcome: Outcome, monkeypatch: pytest.MonkeyPatch) -> tu
     config = load(path)
     final = outcome.equilibrium
     make_model(final.sft.folder / MODEL)
+    (outcome.data.folder / RECORD).write_text(json.dumps({"inputs": {"model": "abc"}}))
     final.volumes = dict(VOLUMES)
     for found in outcome.data.result.values():
         found["pool"] = POOL
@@ -115,8 +117,9 @@ def test_trl_reads_its_file(folder: Path, run: tuple[Config, Outcome], monkeypat
     sft = run[0].sft
     assert training.learning_rate == sft.learning_rate
     assert training.gradient_accumulation_steps * training.per_device_train_batch_size == sft.batch_examples
-    assert training.get_warmup_steps(100) == round(100 * sft.warmup)
-    assert model.model_name_or_path == run[0].model.source
+    steps = len(plan(VOLUMES, sft, 0))
+    assert training.get_warmup_steps(steps) == round(steps * sft.warmup) > 0
+    assert model.model_name_or_path == base_of(*run)
 
 
 def test_nothing_is_overwritten_and_changed_sources_are_refused(run: tuple[Config, Outcome], folder: Path) -> None:
@@ -138,8 +141,7 @@ def test_before_the_first_iteration_there_is_nothing(config: Config, tmp_path: P
 
 def test_a_model_that_the_project_made_is_named_by_its_folder(run: tuple[Config, Outcome]) -> None:
     config, outcome = run
-    outcome.data.folder.mkdir(parents=True, exist_ok=True)
-    (outcome.data.folder / "stage.json").write_text(json.dumps({"inputs": {"model": "abc"}}))
-    made = config.model_copy(update={"model": config.model.model_copy(update={"source": "smollm2"})})
-    assert base_of(config, outcome) == config.model.source
-    assert base_of(made, outcome) == str(config.root / "stages/model/abc/model")
+    assert config.model.source == "smollm2"
+    assert base_of(config, outcome) == str(config.root / "stages/model/abc/model")
+    other = config.model_copy(update={"model": config.model.model_copy(update={"source": "/models/own"})})
+    assert base_of(other, outcome) == "/models/own"
