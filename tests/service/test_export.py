@@ -44,7 +44,7 @@ def run(tmp_path: Path, outcome: Outcome, monkeypatch: pytest.MonkeyPatch) -> tu
             path.write_text("\n".join(map(json.dumps, [*rows, {"prompt": "empty", "completion": ""}])))
             domain[part] = {"files": [str(path)]}
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({**made, "max_rejected": 0.5}))
+    path.write_text(yaml.safe_dump({**made, "max_rejected": 0.5, "sft": {"batch_examples": 2}}))
     config = load(path)
     final = outcome.equilibrium
     make_model(final.sft.folder / MODEL)
