@@ -183,12 +183,12 @@ def _tune(trials: list[Trial], cluster: Cluster, lines: Queue, concurrent: int, 
 
 
 def _trial(point: dict[str, str], trials: dict[str, Trial], cluster: Cluster, lines: Queue) -> None:
-    """Tune's side of a trial: every report of its optimisation, as it comes."""
+    """Tune's side of a trial: every loss of its optimisation, as it comes."""
     trial = trials[point["trial"]]
     actor = Optimiser.options(scheduling_strategy="DEFAULT").remote()  # type: ignore[attr-defined]
     try:
-        for report in actor.run.remote(trial, cluster, lines):
-            tune.report(ray.get(report))
+        for loss in actor.run.remote(trial, cluster, lines):
+            tune.report({"loss": ray.get(loss)})
     finally:
         ray.kill(actor)
 
@@ -197,9 +197,9 @@ def _trial(point: dict[str, str], trials: dict[str, Trial], cluster: Cluster, li
 class Optimiser:
     """One optimisation. An actor, since what an actor reserved is given back when it is killed."""
 
-    def run(self, trial: Trial, cluster: Cluster, lines: Queue) -> Iterator[dict[str, float]]:
+    def run(self, trial: Trial, cluster: Cluster, lines: Queue) -> Iterator[float]:
         """The reference loss after every training."""
-        found: SimpleQueue[dict[str, float] | None] = SimpleQueue()
+        found: SimpleQueue[float | None] = SimpleQueue()
         console = Console(file=cast(IO[str], _Lines(lines, trial.label)), width=LINE)
         config = trial.config
         resources = config.resources.model_copy(update={"wait_seconds": PATIENCE})
@@ -209,7 +209,7 @@ class Optimiser:
             nonlocal reported
             if len(outcome.iterations) > reported:
                 reported = len(outcome.iterations)
-                found.put({"loss": outcome.iterations[-1].loss})
+                found.put(outcome.iterations[-1].loss)
             lines.put((trial.label, None))
 
         def optimise() -> None:
@@ -221,8 +221,8 @@ class Optimiser:
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(optimise)
             future.add_done_callback(lambda _: found.put(None))
-            while (report := found.get()) is not None:
-                yield report
+            while (loss := found.get()) is not None:
+                yield loss
             try:
                 future.result()
             except (BadInput, StageFailed) as error:
