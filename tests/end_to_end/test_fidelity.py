@@ -114,4 +114,4 @@ def test_a_second_study_trains_nothing(command: Command, found: dict[str, Any]) 
     again = command("fidelity")
     assert again.status == 0, again.output
     assert command.records() == before
-    assert command.alone(20)
+    assert command.alone(60)

@@ -65,7 +65,7 @@ def test_trials_share_what_does_not_depend_on_m(command: Command, swept: Ended) 
     counts = {kind: len(command.records(kind)) for kind in ("model", "data", "sft", "influence", "reference")}
     assert counts == {"model": 1, "data": 1, "sft": 3, "influence": 1, "reference": 3}
     assert len(command.records("benchmark")) == 3
-    assert command.alone(20), command.processes()
+    assert command.alone(60), command.processes()
 
 
 def test_it_ends_with_the_best_m_and_what_it_cost(command: Command, swept: Ended) -> None:
