@@ -96,6 +96,7 @@ def test_metrics_have_the_names_that_comparisons_use(
     assert set(parent.data.metrics) == {
         *(f"{kind}/{d}" for kind in ("volume", "beta", "influence", "reference_loss", "equilibrium") for d in DOMAINS),
         "score/sums",
+        "score",
         "objective",
     }
 
