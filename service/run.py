@@ -34,7 +34,7 @@ def run(config: Config, console: Console) -> Outcome:
         BadInput: something in it doesn't hold; found before anything is computed, where that can be known.
         StageFailed: a stage broke.
     """
-    started, notice = time.time(), _notices(console)
+    started, notice = time.time(), notices(console)
     folder = run_folder(config)
     store = Store(config.root, notice)
     tracker = Tracker(config, run_key(config), folder, notice)
@@ -60,7 +60,7 @@ def fidelity(config: Config, console: Console) -> dict[str, Any]:
         BadInput: something in the config or the data doesn't hold.
         StageFailed: a stage broke.
     """
-    notice = _notices(console)
+    notice = notices(console)
     folder = config.root / "fidelity" / run_name(config)
     store = Store(config.root, notice)
     tracker = Tracker(config, f"fidelity-{run_key(config)}", folder, notice)
@@ -75,7 +75,7 @@ def fidelity(config: Config, console: Console) -> dict[str, Any]:
     return found
 
 
-def _notices(console: Console) -> Callable[[str], None]:
+def notices(console: Console) -> Callable[[str], None]:
     """How a store and a tracker tell a user something, a line at a time."""
     return lambda line: console.print(f"[yellow]![/] {escape(line)}")
 

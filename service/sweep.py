@@ -41,7 +41,7 @@ from service.cluster import Cluster
 from service.driver import Optimisation, Outcome
 from service.failures import StageFailed
 from service.progress import Display
-from service.run import connected, replay, run_folder, run_key
+from service.run import connected, notices, replay, run_folder, run_key
 from service.stages import Store
 from service.tracking import Tracker
 
@@ -154,7 +154,7 @@ def tracker_of(trial: Trial, key: str, console: Console) -> Tracker:
         config,
         run_key(config),
         run_folder(config),
-        lambda line: console.print(f"[yellow]![/] {escape(line)}"),
+        notices(console),
         below=(f"sweep-{key}", f"{config.name} sweep"),
         name=f"{config.name} {trial.label}",
         values=trial.values,
@@ -213,7 +213,7 @@ class Optimiser:
             lines.put((trial.label, None))
 
         def optimise() -> None:
-            store = Store(config.root, lambda line: console.print(f"[yellow]![/] {escape(line)}"))
+            store = Store(config.root, notices(console))
             with Display(console) as display:
                 patient = config.model_copy(update={"resources": resources})
                 Optimisation(patient, cluster, store, display, happened).run()

@@ -14,7 +14,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ideal.config import Config
@@ -22,7 +21,7 @@ from ideal.selection import Selection, interval, select
 from service import report
 from service.driver import Outcome
 from service.reference import BY_EXAMPLE, Losses
-from service.run import mlflow_command
+from service.run import mlflow_command, notices
 from service.sweep import Findings, Trial, sweep_key
 from service.tracking import Tracker
 
@@ -36,9 +35,7 @@ def present(findings: Findings, console: Console) -> dict[str, Any]:
     found = summary(findings)
     folder = config.root / "sweeps" / f"{config.name}-{key}"
     path = write(folder, found)
-    tracker = Tracker(
-        config, f"sweep-{key}", folder, lambda line: console.print(escape(line)), name=f"{config.name} sweep"
-    )
+    tracker = Tracker(config, f"sweep-{key}", folder, notices(console), name=f"{config.name} sweep")
     tracker.write_study(metrics(found))
     console.print(table(found))
     for line in conclusion(found):

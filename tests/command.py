@@ -87,3 +87,12 @@ class Command:
         (path,) = (self.storage / "runs").glob("*/report.json")
         found: dict[str, Any] = json.loads(path.read_text())
         return found
+
+
+def wait_for(found: Any, process: subprocess.Popen[bytes], seconds: float = 300) -> None:
+    """Wait until something is there that a running command makes."""
+    deadline = time.time() + seconds
+    while not found():
+        assert process.poll() is None, "it ended too early"
+        assert time.time() < deadline, "it doesn't come"
+        time.sleep(0.05)

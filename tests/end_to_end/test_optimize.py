@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from tests.command import IDEAL, Command, Ended
+from tests.command import IDEAL, Command, Ended, wait_for
 from tests.end_to_end.tiny_run import VOLUMES, make_tree
 
 COPIES = 3
@@ -92,14 +91,6 @@ def test_a_second_run_does_no_work(command: Command, whole: Ended) -> None:
 
 def table(output: str) -> list[str]:
     return [line for line in output.splitlines() if "│" in line]
-
-
-def wait_for(found: Any, process: subprocess.Popen[bytes], seconds: float = 300) -> None:
-    deadline = time.time() + seconds
-    while not found():
-        assert process.poll() is None, "it ended too early"
-        assert time.time() < deadline, "it doesn't come"
-        time.sleep(0.05)
 
 
 def test_sensitivity_needs_nothing_but_the_records(command: Command, whole: Ended) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
-from tests.command import Command, Ended
+from tests.command import Command, Ended, wait_for
 from tests.end_to_end.tiny_run import make_tree
 
 pytestmark = pytest.mark.timeout(900)
@@ -39,11 +38,8 @@ def command(tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]) -> I
 def swept(command: Command, tree: dict[str, Any]) -> Ended:
     """Killed while D0's influence is computed, and started again."""
     process = command.start(*SWEEP)
-    deadline = time.time() + 300
-    while not (command.records("sft") and list((command.storage / "stages" / "influence").glob("*/*/*/*"))):
-        assert process.poll() is None, command.output.read_text()
-        assert time.time() < deadline
-        time.sleep(0.05)
+    half = command.storage / "stages" / "influence"
+    wait_for(lambda: command.records("sft") and list(half.glob("*/*/*/*")), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert command.alone(30), command.processes()
