@@ -211,10 +211,20 @@ class InfluenceConfig(Section):
     fisher: Literal["sampled", "empirical"] = Field(
         "sampled", description="Labels of the factors' gradients: drawn from the model, or the data's."
     )
+    positions: float = Field(
+        0.0,
+        ge=0,
+        description="Positions that a factor is made of, as a multiple of its width, drawn; 0: all there are.",
+    )
     damping: Annotated[float, Field(gt=0)] | Literal["schedule"] = Field(
         1.0,
         description="λ as a multiple of a layer's mean eigenvalue, or `schedule`: what AdamW's own steps damp with, "
         "(√v̂ + ε) / (sum of learning rates).",
+    )
+    divided: bool = Field(
+        True,
+        description="`kfac` damps A and S each by the root of `damping` and its own mean, for which it needs no "
+        "eigen-decompositions; false: their product, as `ekfac` does.",
     )
     curvature_examples: PositiveInt = Field(
         64,
@@ -317,6 +327,11 @@ class ResourcesConfig(Section):
         None, description="Parts the tracked layers are cut in. Default: as few as fit in memory."
     )
     batch_tokens: PositiveInt = Field(2048, description="Tokens, padding included, in one forward pass of a worker.")
+    shard: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Divide SFT's weights, gradients and moments among its workers (FSDP2). `auto`: where one worker "
+        "can't hold them.",
+    )
     gradient_checkpointing: bool = Field(False, description="Less SFT memory for a third more time.")
     checkpoint_steps: PositiveInt = Field(
         200, description="SFT steps between checkpoints that a retried run resumes from."

@@ -113,7 +113,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device | str = "c
 
 def supervised_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     """[s, vocabulary] logits, fp32 or wider, at the batch's s supervised positions, row by row."""
-    hidden = _decoder(model)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
+    hidden = decoder(model)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     logits: torch.Tensor = head(hidden.last_hidden_state[batch.targets != IGNORED])
     return wide(logits)
@@ -146,9 +146,10 @@ def shapes(config: ModelConfig) -> Any:
         return None
 
 
-def _decoder(model: nn.Module) -> nn.Module:
-    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
-    return decoder
+def decoder(model: nn.Module) -> nn.Module:
+    """The model without its head."""
+    found: nn.Module = model.get_decoder()  # type: ignore[operator]
+    return found
 
 
 @torch.no_grad()
@@ -157,7 +158,7 @@ def _check_head(model: nn.Module) -> None:
     where = next(model.parameters()).device
     ids = torch.tensor([[1, 2, 3]], device=where)
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    ours = head(_decoder(model)(input_ids=ids, use_cache=False).last_hidden_state)
+    ours = head(decoder(model)(input_ids=ids, use_cache=False).last_hidden_state)
     if not torch.allclose(ours, model(input_ids=ids, use_cache=False).logits, rtol=1e-2, atol=1e-2):
         raise BadInput("model.source", "this architecture changes its logits behind the head", "use another model")
 

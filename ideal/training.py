@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -117,14 +118,7 @@ class Trainer:
         self.vectors = Flat([p for p in self.model.parameters() if p.ndim < 2])
         for parameter in self.model.parameters():  # the parameters alone: rounded rotary frequencies shift positions
             parameter.data = parameter.data.to(DTYPES[config.precision])
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [self.matrices.master], "weight_decay": config.weight_decay},
-                {"params": [self.vectors.master], "weight_decay": 0.0},
-            ],
-            betas=(config.beta1, config.beta2),
-            fused=True,
-        )
+        self.optimizer = optimizer_of([self.matrices.master], [self.vectors.master], config)
         self.next_step = 0
         self.rates = 0.0
         self.snapshots = 0
@@ -204,15 +198,10 @@ class Trainer:
         self.means = {name: state[f"means.{name}"].cpu() for name in ("matrices", "vectors") if self.snapshots}
 
     def damping(self) -> dict[str, torch.Tensor]:
-        """Λ = (√v̂ + ε) / Σ_t η_t of every matrix, by its name, bf16: how stiffly AdamW held each weight so far.
-
-        A constant gradient G moves a weight by G/Λ over the run (Kingma & Ba 2015, with v̂ held at its last value).
-        """
-        state, group = self.optimizer.state[self.matrices.master], self.optimizer.param_groups[0]
-        corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-        root = (corrected.sqrt_().add_(group["eps"]) / self.rates).to(torch.bfloat16)
+        """Λ of every matrix, by its name, bf16."""
+        root = stiffness(self.optimizer.state[self.matrices.master], self.optimizer.param_groups[0], self.rates)
         matrices = [(name, p) for name, p in self.model.named_parameters() if p.ndim >= 2]
-        parts = torch.split(root, [p.numel() for _, p in matrices])
+        parts = torch.split(root.to(torch.bfloat16), [p.numel() for _, p in matrices])
         return {name: part.view_as(p) for (name, p), part in zip(matrices, parts, strict=True)}
 
     def save_model(self, folder: Path) -> None:
@@ -230,6 +219,32 @@ class Trainer:
     def save_damping(self, folder: Path) -> None:
         """Λ into ``folder``, for influence that knows the optimiser."""
         save_file({name: part.contiguous() for name, part in self.damping().items()}, folder / DAMPING)
+
+
+def optimizer_of(matrices: list[nn.Parameter], vectors: list[nn.Parameter], config: SftConfig) -> torch.optim.AdamW:
+    """AdamW, with weight decay for matrices alone."""
+    return torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        betas=(config.beta1, config.beta2),
+        fused=True,
+    )
+
+
+def stiffness(state: Mapping[str, torch.Tensor], group: Mapping[str, Any], rates: float) -> torch.Tensor:
+    """Λ = (√v̂ + ε) / Σ_t η_t: how firmly AdamW held each weight so far.
+
+    A constant gradient G moves a weight by G/Λ over the run (Kingma & Ba 2015, with v̂ held at its last value).
+
+    Args:
+        state, group: AdamW's, of one tensor.
+        rates: Σ_t η_t.
+    """
+    corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+    damping: torch.Tensor = (corrected.sqrt() + group["eps"]) / rates
+    return damping
 
 
 class Flat:
@@ -266,8 +281,19 @@ def _add_to(place: torch.Tensor) -> Callable[[torch.Tensor], None]:
     return add
 
 
+class Stepper(Protocol):
+    """What ``train`` drives: a trainer that holds everything, or one that shares it (``ideal.sharded``)."""
+
+    config: SftConfig
+    next_step: int
+
+    def step(self, step: Step, items: list[Item]) -> Log: ...
+
+    def take_snapshot(self) -> None: ...
+
+
 def train(
-    trainer: Trainer,
+    trainer: Stepper,
     pools: Mapping[str, ExampleSet],
     volumes: Mapping[str, int],
     seed: int,

@@ -22,7 +22,7 @@ from service import data
 from service.benchmark import Benchmarks
 from service.cluster import Cluster
 from service.influence import TABLE, influence
-from service.plan import layer_blocks
+from service.plan import layer_blocks, shards_training
 from service.progress import Display
 from service.reference import reference_losses
 from service.sample import Sample
@@ -192,6 +192,7 @@ class Optimisation(Study):
                 seed=config.seed,
                 resources=config.resources,
                 cluster=self.cluster,
+                sharded=shards_training(config, self.base.folder / data.MODEL, self.cluster),
                 progress=progress,
             ),
         )

@@ -340,9 +340,9 @@ def _table(found: Plan, machine: cluster.Cluster, taken: Seconds) -> Table:
     blocks, shards = found.layer_blocks, found.shards
     actors = f"{blocks} layer block{'s' * (blocks > 1)} × {shards} shard{'s' * (shards > 1)}"
     unplaced = "" if blocks <= found.workers else f"doesn't fit {found.workers} workers: one for each block"
-    unsharded = "" if found.sft_fits else "doesn't fit one worker: training isn't sharded yet"
+    sft = f"SFT, sharded over {machine.sft_workers}" if found.sharded else "SFT"
     for stage, workers, memory, room, time_, problem in (
-        ("SFT", str(machine.sft_workers), found.sft, found.sft_available, taken.sft, unsharded),
+        (sft, str(machine.sft_workers), found.sft, found.sft_available, taken.sft, ""),
         ("reference loss", "1", found.reference, found.sft_available, taken.reference, ""),
         ("influence: pass", actors, found.influence_pass, found.available, taken.influence_pass, unplaced),
         ("influence: solve", actors, found.influence_solve, found.available, taken.influence_solve, unplaced),

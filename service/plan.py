@@ -3,7 +3,9 @@
 Each worker at its fullest; V is the vocabulary, T a forward pass's supervised tokens, w 2 bytes (bf16) or 4 (fp32):
 
 - SFT: parameters in w; master weights, gradient sums and two moments in fp32; without a GPU the mean of the last
-  weights, too; activations; logits, their softmax and its gradient in fp32 (12 T V).
+  weights, too; activations; logits, their softmax and its gradient in fp32 (12 T V). Sharded over n workers: an nth of
+  all that is fp32; besides, in w, two layers' weights and the vocabulary's, gathered; the gradient of what is largest
+  of them, in w and in fp32 as it is summed. Without a GPU each worker first reads the whole model where it trains.
 - Influence's pass: parameters in w; the layers' factors and one block's gradient in fp32; activations above the lowest
   tracked layer; two sets of output gradients; logits, and in fp64 the distribution that labels are drawn from (28 T V).
 - Influence's solve: all sets' gradients of one layer, three times; with `kfac` and `ekfac` one eigen-decomposition
@@ -130,6 +132,7 @@ class Plan:
 
     Attributes:
         layer_blocks: the config's, or the fewest that fit, or one for each worker where none do.
+        sharded: whether SFT is divided among its workers, because the config says so or one can't hold it all.
         sft: of one SFT worker.
         sft_available: what one has.
         reference: of the worker that computes the reference loss.
@@ -144,6 +147,7 @@ class Plan:
     parameters: int
     tracked: int
     layer_blocks: int
+    sharded: bool
     sft: int
     sft_available: int
     reference: int
@@ -190,7 +194,8 @@ def plan(config: Config, shapes: PretrainedConfig, cluster: Cluster, device_memo
             "model.source",
             f"SFT of {found.parameters / 1e9:.2f} B parameters needs {found.sft / GIB:.1f} GiB in each worker, "
             f"which has {found.sft_available / GIB:.1f} GiB",
-            "take a smaller model, lower resources.batch_tokens, or set resources.gradient_checkpointing",
+            "use more workers (they share it), a smaller model, fewer resources.batch_tokens, or "
+            "resources.gradient_checkpointing",
         )
     if found.influence_solve > found.available:
         raise BadInput(
@@ -232,14 +237,23 @@ def estimate(
         blocks = 1
     blocks = min(blocks, len(sizes.tracked))
     tracked = sizes.tracked_weights
+    workers = cluster.sft_workers
     mean = 4 * sizes.parameters if config.influence.averaged and not cluster.gpus else 0
+    whole = sft_memory(config, sizes, supervised) + mean
+    sharded = config.resources.shard == "always" or (
+        config.resources.shard == "auto" and workers > 1 and whole > for_sft
+    )
+    if sharded:
+        reading = 0 if cluster.gpus else 4 * sizes.parameters
+        whole = max(reading, sharded_memory(config, sizes, supervised, workers) + mean // workers)
     copies = 2 if config.influence.averaged else 1
     kept = WIDTH[config.influence.precision] if config.influence.joint else 0
     return Plan(
         sizes.parameters,
         tracked,
         blocks,
-        sft_memory(config, sizes, supervised) + mean,
+        sharded,
+        whole,
         for_sft,
         reference_memory(config, sizes, supervised),
         pass_memory(config, sizes, blocks, supervised),
@@ -254,6 +268,11 @@ def estimate(
 def layer_blocks(config: Config, model: Path, cluster: Cluster) -> int:
     """Parts to cut the tracked layers in: the config's number, or as few as fit in memory."""
     return config.resources.layer_blocks or plan(config, AutoConfig.from_pretrained(model), cluster).layer_blocks
+
+
+def shards_training(config: Config, model: Path, cluster: Cluster) -> bool:
+    """Whether SFT of a model folder is divided among its workers."""
+    return estimate(config, AutoConfig.from_pretrained(model), cluster).sharded
 
 
 def worker_memory(cluster: Cluster, workers: int) -> int:
@@ -287,15 +306,29 @@ def depth(sizes: Sizes, layers: Layers) -> int:
 
 def sft_memory(config: Config, sizes: Sizes, supervised: float) -> int:
     """Bytes of one SFT worker from its second step on."""
+    width = WIDTH[config.sft.precision]
+    shared = width * sizes.head if sizes.vocabularies == 1 else 0  # the head's gradient waits for the embedding's
+    working = _working_memory(config, sizes, supervised, shared)
+    return sizes.parameters * (width + 16) + max(working, 2 * shared + width * sizes.head)  # and their sum
+
+
+def sharded_memory(config: Config, sizes: Sizes, supervised: float, workers: int) -> int:
+    """Bytes of one of so many SFT workers that divide the model among themselves."""
+    width = WIDTH[config.sft.precision]
+    layer, root = sizes.body // sizes.layers, sizes.head * sizes.vocabularies
+    working = _working_memory(config, sizes, supervised, 0)
+    reducing = (width + 4) * max(layer, root)
+    return 16 * sizes.parameters // workers + width * (2 * layer + root) + max(working, reducing)
+
+
+def _working_memory(config: Config, sizes: Sizes, supervised: float, shared: int) -> int:
+    """Bytes of activations and logits, beside so many of a gradient that waits."""
     width, tokens = WIDTH[config.sft.precision], batch(config)
     layer = tokens * (2 * (4 + 2 * width) * sizes.hidden + width * 4 * (sizes.attention + sizes.inner))
-    shared = width * sizes.head if sizes.vocabularies == 1 else 0  # the head's gradient waits for the embedding's
     logits = max(TRAINED_LOGIT * int(tokens * supervised) * sizes.vocabulary, shared)
     if config.resources.gradient_checkpointing:  # of each layer its input, and one layer in full at a time
-        working = tokens * sizes.layers * sizes.hidden * width + max(logits, layer + shared)
-    else:
-        working = sizes.layers * layer + logits
-    return sizes.parameters * (width + 16) + max(working, 2 * shared + width * sizes.head)  # and their sum
+        return tokens * sizes.layers * sizes.hidden * width + max(logits, layer + shared)
+    return sizes.layers * layer + logits
 
 
 def reference_memory(config: Config, sizes: Sizes, supervised: float) -> int:

@@ -18,6 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ideal.config import ResourcesConfig, SftConfig
 from ideal.examples import ExampleSet
 from ideal.model import load_tokenizer
+from ideal.sharded import ShardedTrainer
 from ideal.training import AVERAGE, Trainer, plan, train
 from service.cluster import Cluster
 from service.data import MODEL, train_file
@@ -36,6 +37,7 @@ def sft(
     seed: int,
     resources: ResourcesConfig,
     cluster: Cluster,
+    sharded: bool,
     progress: Reporter,
 ) -> dict[str, Any]:
     """Fine-tune the base model on a mixture into ``folder/model``.
@@ -45,6 +47,7 @@ def sft(
     Args:
         volumes: examples of each domain.
         averaged: share of the steps whose weights' mean is left in ``folder/average``, for influence.
+        sharded: divide weights, gradients and moments among the workers.
 
     Returns:
         steps, tokens, seconds, tokens_per_second, first_loss and last_loss; the loss of every step is in steps.json.
@@ -62,6 +65,7 @@ def sft(
             "seed": seed,
             "resources": resources,
             "cpus": cluster.sft_cpus,
+            "sharded": sharded,
             "progress": progress,
         },
         scaling_config=ScalingConfig(
@@ -98,7 +102,8 @@ def _worker(task: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(task["cpus"])
     pools = {domain: ExampleSet.load(train_file(task["data"], domain)) for domain in volumes}
-    trainer = Trainer(task["base"] / MODEL, config, device, resources.batch_tokens, resources.gradient_checkpointing)
+    kind = ShardedTrainer if task["sharded"] else Trainer
+    trainer = kind(task["base"] / MODEL, config, device, resources.batch_tokens, resources.gradient_checkpointing)
     logs: list[dict[str, Any]] = []
     checkpoint = ray.train.get_checkpoint()
     if checkpoint:
@@ -115,20 +120,23 @@ def _worker(task: dict[str, Any]) -> None:
         if (log.step + 1) % resources.checkpoint_steps == 0 and log.step + 1 < total:
             _checkpoint(trainer, logs, rank)
             started = time.time()
-    if rank == 0:
+    if rank == 0 or task["sharded"]:
         trainer.save_model(task["folder"] / MODEL)
         trainer.save_damping(task["folder"])
+    if rank == 0:
         load_tokenizer(task["base"] / MODEL).save_pretrained(task["folder"] / MODEL)
         (task["folder"] / "steps.json").write_text(json.dumps(logs))
-        if task["averaged"]:
-            trainer.save_average(task["folder"] / AVERAGE)
+    if task["averaged"] and (rank == 0 or task["sharded"]):
+        trainer.save_average(task["folder"] / AVERAGE)
 
 
-def _checkpoint(trainer: Trainer, logs: list[dict[str, Any]], rank: int) -> None:
-    """A barrier for all workers; the first one's state is kept."""
+def _checkpoint(trainer: Trainer | ShardedTrainer, logs: list[dict[str, Any]], rank: int) -> None:
+    """A barrier for all workers; the first one's state is kept, or every one's part of it."""
+    keeps = rank == 0 or isinstance(trainer, ShardedTrainer)
     with tempfile.TemporaryDirectory() as folder:
-        if rank == 0:
+        if keeps:
             trainer.save_state(Path(folder))
+        if rank == 0:
             (Path(folder) / "steps.json").write_text(json.dumps(logs))
         metrics = {"step": trainer.next_step}
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None)
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if keeps else None)

@@ -17,17 +17,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from ideal.config import Config
 from ideal.curvature.layers import layer_shapes
 from ideal.examples import ExampleSet
+from ideal.sharded import ShardedTrainer
 from ideal.training import Step, Trainer, plan
 from service.data import MODEL, train_file
 from service.influence_actor import InfluenceActor
 from service.sample import Sample
 
-STAGES = ("sft", "pass", "solve")
+STAGES = ("sft", "sharded", "pass", "solve")
 
 
 def main(folders: list[Path]) -> None:
@@ -47,6 +49,7 @@ def main(folders: list[Path]) -> None:
 def measured(stage: str, folder: Path, config: Config) -> int:
     """Bytes by which this process grows at most while it does a stage's work."""
     torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp(dir=folder)}/meet", rank=0, world_size=1)
     warm_up(config)
     before = status("VmRSS")
     work(stage, folder, config)
@@ -56,9 +59,9 @@ def measured(stage: str, folder: Path, config: Config) -> int:
 def work(stage: str, folder: Path, config: Config) -> None:
     volumes = {domain.name: domain.volume or 1 for domain in config.domains}
     resources = config.resources
-    if stage == "sft":
-        where = torch.device("cpu")
-        trainer = Trainer(folder / MODEL, config.sft, where, resources.batch_tokens, resources.gradient_checkpointing)
+    if stage in ("sft", "sharded"):
+        where, kind = torch.device("cpu"), Trainer if stage == "sft" else ShardedTrainer
+        trainer = kind(folder / MODEL, config.sft, where, resources.batch_tokens, resources.gradient_checkpointing)
         items = list(chain(*(ExampleSet.load(train_file(folder, domain)) for domain in volumes)))
         for step in plan(volumes, config.sft, 0)[:2]:  # AdamW's moments are there from the second step's beginning
             trainer.step(step, [items[position] for position in step.picks])
@@ -81,8 +84,9 @@ def warm_up(config: Config) -> None:
     shape = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(shape).save_pretrained(folder)
-        trainer = Trainer(Path(folder), config.sft, torch.device("cpu"), 8)
-    trainer.step(Step(0, [0], 1e-5), [(np.arange(9, dtype=np.int32), np.arange(9) > 0)])
+        for kind in (Trainer, ShardedTrainer):
+            trainer = kind(Path(folder), config.sft, torch.device("cpu"), 8)
+            trainer.step(Step(0, [0], 1e-5), [(np.arange(9, dtype=np.int32), np.arange(9) > 0)])
     layer_shapes(shape, ["*.mlp.*"])
     torch.linalg.eigh(torch.eye(64, dtype=torch.float64))
 

@@ -47,16 +47,24 @@ def test_shapes_are_the_published_ones(model: str, parameters: int) -> None:
     assert Sizes.of(AutoConfig.from_pretrained(SHAPES / f"{model}.json"), ["*.mlp.*"]).parameters == parameters
 
 
-def test_what_does_not_fit_is_a_row_and_the_others_are_still_there(paper: Config) -> None:
+def test_a_model_that_one_worker_cannot_hold_is_sharded(paper: Config) -> None:
     out = printed(paper, SHAPES / "llama-3.1-8b.json", gpus=8, gpu_memory="80GB")
     rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}
-    assert "training isn't sharded yet" in rows["SFT"]
-    for stage in ("reference loss", "influence: pass", "influence: solve"):
+    for stage in ("SFT, sharded over 8", "reference loss", "influence: pass", "influence: solve"):
         assert "doesn't" not in rows[stage]
         assert "fits" in rows[stage]
     assert "not predicted" in rows["benchmarks"]
     assert "assumed, not measured" in out
     assert "measured here" not in out
+    assert "D0 to D2" in out
+    assert "sharded" not in printed(paper, SHAPES / "llama-3.2-1b.json", gpus=8, gpu_memory="80GB")
+
+
+def test_what_does_not_fit_is_a_row_and_the_others_are_still_there(paper: Config) -> None:
+    out = printed(paper, SHAPES / "llama-3.1-8b.json", gpus=1, gpu_memory="80GB")
+    rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}
+    assert "doesn't fit" in rows["SFT"], "one worker has none to share with"
+    assert "fits" in rows["reference loss"]
     assert "D0 to D2" not in out  # no sum over stages that can't run
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +92,20 @@ def test_sft_has_the_memory_of_its_own_workers(config: Config, monkeypatch: pyte
     assert found.sft_available == pytest.approx(0.85 * 32 * GIB)
 
 
+def test_a_model_is_sharded_where_a_worker_cannot_hold_it(config: Config, shapes: PretrainedConfig) -> None:
+    two = replace(CLUSTER, sft_workers=2)
+    whole = estimate(config, shapes, two, GIB)
+    assert not whole.sharded
+    memory = int(0.9 * whole.sft / 0.85)
+    divided = estimate(config, shapes, two, memory)
+    assert divided.sharded
+    assert divided.sft < whole.sft
+    assert not estimate(config, shapes, CLUSTER, memory).sharded, "one worker has none to share with"
+    for kind in ("always", "never"):
+        asked = config.model_copy(update={"resources": config.resources.model_copy(update={"shard": kind})})
+        assert {estimate(asked, shapes, two, size).sharded for size in (memory, GIB)} == {kind == "always"}
+
+
 def test_a_model_that_does_not_fit_is_said_before_anything_starts(config: Config, shapes: PretrainedConfig) -> None:
     with pytest.raises(BadInput) as problem:
         planned(config, shapes, 10**5)
@@ -145,7 +160,9 @@ def test_memory_is_within_15_percent_of_what_is_measured(tmp_path: Path) -> None
             {f"{x}.weight": torch.ones(shape) for x, shape in layer_shapes(made, ["*"]).items()}, folder / DAMPING
         )
         found = estimate(config, made, CLUSTER, 64 * GIB, supervised=1.0)
-        predicted += [found.sft, found.influence_pass, found.influence_solve]
+        always = config.model_copy(update={"resources": config.resources.model_copy(update={"shard": "always"})})
+        sharded = estimate(always, made, CLUSTER, 64 * GIB, supervised=1.0)
+        predicted += [found.sft, sharded.sft, found.influence_pass, found.influence_solve]
         folders.append(str(folder))
     done = subprocess.run(
         [sys.executable, "-m", "tests.service.peak", *folders],
