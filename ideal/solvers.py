@@ -31,12 +31,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from ideal.batches import length
 from ideal.config import InfluenceConfig
-from ideal.curvature.accumulate import Block, BlockGradient, FactorSums, accumulate
+from ideal.curvature.accumulate import Block, BlockGradient, FactorSums, Shares, accumulate
 from ideal.curvature.ekfac import squared_gradients
 from ideal.curvature.exact import GaussNewton, Vectors, conjugate_gradients
 from ideal.curvature.joint import combination, damping_forms, quadratic_forms
-from ideal.curvature.kfac import Eigen, Eigenbasis, curvature, eigenbasis
+from ideal.curvature.kfac import Divided, Eigen, Eigenbasis, Inverse, curvature, eigenbasis, inverse
 from ideal.curvature.layers import input_group
 from ideal.influence import Array, InfluenceTable
 from ideal.model import wide
@@ -114,11 +115,13 @@ def influence_tables(
         batch_tokens=sample.batch_tokens,
         device=where,
         done=lambda _, gradient: found.append(gradient),
+        shares=factor_shares(sample.blocks, settings),
     )
     own = {layer: wide(sample.damping[f"{layer}.weight"].to(where)) for layer in layers} if sample.damping else {}
-    factored = any(solver in FACTORED for solver in solvers)
     known: dict[str, Eigenbasis] = {}
-    bases = {layer: layer_bases(sums, layer, known) for layer in layers} if factored else {}
+    inverses: dict[tuple[str, float], Inverse] = {}
+    eigen = any(needs_eigenvectors(solver, settings) for solver in solvers)
+    bases = {layer: layer_bases(sums, layer, known) for layer in layers} if eigen else {}
     refined = _refined(model, bases, sample, sums.s[layers[0]].dtype) if "ekfac" in solvers else {}
     tables = {}
     gradients = [block.gradients for block in found]
@@ -130,7 +133,9 @@ def influence_tables(
             solved = _exactly(model, layers, sums, sums_by_set, sample, own)
         else:
             solved = {
-                layer: _layer_solver(solver, layer, bases, refined, sums, settings, own).solve(sums_by_set[layer])
+                layer: _layer_solver(solver, layer, bases, inverses, refined, sums, settings, own).solve(
+                    sums_by_set[layer]
+                )
                 for layer in layers
             }
         products = {layer: with_sets(solved[layer], (g[layer] for g in gradients)) for layer in layers}
@@ -150,6 +155,17 @@ def coupled(solver: str, settings: InfluenceConfig) -> bool:
 def needs_factors(solver: str, settings: InfluenceConfig) -> bool:
     """Whether a solver asks for S and A: `exact` for their traces alone, where its damping is relative to them."""
     return solver in FACTORED or (solver == "exact" and settings.damping != "schedule")
+
+
+def needs_eigenvectors(solver: str, settings: InfluenceConfig) -> bool:
+    """Whether a solver works in the factors' eigenbases."""
+    return solver == "ekfac" or (solver == "kfac" and not settings.divided)
+
+
+def factor_shares(blocks: Sequence[Block], settings: InfluenceConfig) -> Shares:
+    """As ``influence.positions`` asks for it, of the positions in all of the sample's blocks."""
+    total = sum(length(item) for block in blocks if block.weight > 0 for item in block.items)
+    return lambda width: min(1.0, settings.positions * width / total) if settings.positions else 1.0
 
 
 def table_of(rows: Sequence[Array], sizes: Sequence[tuple[int, float]], domains: int, blocks: int) -> InfluenceTable:
@@ -175,7 +191,7 @@ def layer_bases(
     """(of A, of S) of a layer.
 
     Args:
-        known: bases of A by input group, added to: layers that share an input share the decomposition.
+        known: the last layer's basis of A by input group: layers that share an input share the decomposition.
 
     Raises:
         FloatingPointError: one of them can't be decomposed; the layer is named.
@@ -183,6 +199,7 @@ def layer_bases(
     known, group = {} if known is None else known, input_group(layer)
     try:
         if group not in known:
+            known.clear()
             known[group] = eigenbasis(sums.a[group] / sums.positions)
         return known[group], eigenbasis(sums.s[layer] / sums.positions)
     except FloatingPointError as error:
@@ -229,6 +246,7 @@ def _layer_solver(
     solver: str,
     layer: str,
     bases: Mapping[str, tuple[Eigenbasis, Eigenbasis]],
+    inverses: dict[tuple[str, float], Inverse],
     refined: Mapping[str, torch.Tensor],
     sums: FactorSums,
     settings: InfluenceConfig,
@@ -238,9 +256,42 @@ def _layer_solver(
         return Diagonal(own[layer])
     if solver not in FACTORED:
         return Plain()
+    if not needs_eigenvectors(solver, settings):
+        return layer_inverse(sums, layer, settings, own.get(layer), inverses)
     a, s = bases[layer]
     better = refined[layer] if solver == "ekfac" else None
     return layer_curvature(layer, a, s, sums.positions, settings, own.get(layer), better, sums.s[layer].dtype)
+
+
+def layer_inverse(
+    sums: FactorSums,
+    layer: str,
+    settings: InfluenceConfig,
+    own: torch.Tensor | None,
+    known: dict[tuple[str, float], Inverse],
+) -> Divided:
+    """A layer's K-FAC inverse with its damping divided between the factors.
+
+    Args:
+        known: the last layer's inverse of A by input group and damping.
+
+    Raises:
+        FloatingPointError: there is none; the layer is named.
+    """
+    group, dtype = input_group(layer), sums.s[layer].dtype
+    a, s = sums.a[group] / sums.positions, sums.s[layer] / sums.positions
+    try:
+        if settings.damping != "schedule":
+            damping = settings.damping
+        elif own is not None:
+            mean = sums.positions * float(a.diagonal().mean() * s.diagonal().mean())
+            damping = layer_damping(own) / mean if mean else 0.0
+        if (group, damping) not in known:
+            known.clear()
+            known[group, damping] = inverse(a, damping)
+        return Divided(known[group, damping], inverse(s, damping), sums.positions, dtype)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"influence: layer {layer} {error}") from None
 
 
 def layer_curvature(

@@ -25,7 +25,7 @@ from ideal.config import Config, Source
 from ideal.curvature.joint import at_once
 from ideal.curvature.layers import input_group
 from ideal.errors import BadInput
-from ideal.solvers import FACTORED, coupled, needs_factors
+from ideal.solvers import FACTORED, coupled, needs_eigenvectors, needs_factors
 from ideal.sources import rows
 from service import cluster
 from service.influence import by_cost
@@ -41,6 +41,12 @@ UPDATE_BYTES = 60
 EIGEN = 10
 """Multiplications of one eigen-decomposition, in d³."""
 
+SYMMETRIC = 5 / 8
+"""Of a factor's products are computed."""
+
+INVERSE = 1
+"""And of one inverse by Cholesky's."""
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -50,6 +56,7 @@ class Rates:
         model: flops of the model's forward and backward, in its precision.
         products: flops of fp32 products.
         eigen: flops of fp64 eigen-decompositions, at 10 d³ each.
+        inverse: flops of fp64 inverses, at d³ each.
         memory: bytes read or written.
         link: bytes of gradients that workers add up.
     """
@@ -57,17 +64,19 @@ class Rates:
     model: float
     products: float
     eigen: float
+    inverse: float
     memory: float
     link: float
 
     def __str__(self) -> str:
         return (
             f"{self.model / 1e12:.3g} TFLOP/s in the model's passes, {self.products / 1e12:.3g} in fp32, "
-            f"{self.eigen / 1e12:.2g} in fp64 eigen-decompositions (10 d³), memory {self.memory / 1e9:.0f} GB/s"
+            f"{self.eigen / 1e12:.2g} in fp64 eigen-decompositions (10 d³), {self.inverse / 1e12:.2g} in fp64 inverses "
+            f"(d³), memory {self.memory / 1e9:.0f} GB/s"
         )
 
 
-ABSENT_GPU = Rates(400e12, 40e12, 1e12, 2e12, 200e9)
+ABSENT_GPU = Rates(400e12, 40e12, 1e12, 10e12, 2e12, 200e9)
 """A data-centre GPU of 2023 at 40 % of its bf16 peak. Assumed, not measured."""
 
 
@@ -231,17 +240,19 @@ def seconds(
     return Seconds(
         multiplied / (machine.sft_workers * together.model) + steps * (update + exchange),
         reference * 2 * (sizes.body + sizes.head) / together.model,
-        max(_pass(config, sizes, part, sample / shards, reference / shards, alone) for part in parts),
+        max(_pass(config, sizes, part, sample, reference, alone) for part in parts) / shards,
         _exact(config, sizes, work, shards, alone) if solver == "exact" else solve,
     )
 
 
 def _pass(config: Config, sizes: Sizes, layers: Layers, sample: float, reference: float, rates: Rates) -> float:
-    """Seconds of one actor's pass over so many tokens of domains and of reference sets."""
+    """Seconds of one actor's pass over so many tokens of domains and of reference sets, if it were the only shard."""
     forward = 2 * (sizes.body + sizes.head)
     backward = 2 * (sizes.body * depth(sizes, layers) / sizes.layers + sizes.head)
     inputs = {input_group(name): columns for name, (_, columns) in layers.items()}
-    squares = sum(r * r for r, _ in layers.values()) + sum(c * c for c in inputs.values())
+    widths = [rows for rows, _ in layers.values()] + list(inputs.values())
+    share = config.influence.positions / max(sample, 1) if config.influence.positions else math.inf
+    squares = sum(SYMMETRIC * w * w * min(1.0, share * w) for w in widths)
     gradients = sum(r * c for r, c in layers.values())
     factors = needs_factors(config.influence.solver, config.influence)
     twice = 2 if factors and config.influence.fisher == "sampled" else 1
@@ -265,7 +276,9 @@ def _solve(config: Config, layers: Layers, shards: int, rates: Rates) -> float:
         inputs = {input_group(name): layers[name][1] for name in names}
         cubes = sum(r**3 for r, _ in shapes) + sum(c**3 for c in inputs.values())
         products += sum(sets * 4 * r * c * (r + c) for r, c in shapes)
-        return EIGEN * cubes / rates.eigen + products / rates.products
+        eigen = needs_eigenvectors(config.influence.solver, config.influence)
+        decomposed = EIGEN * cubes / rates.eigen if eigen else INVERSE * cubes / rates.inverse
+        return decomposed + products / rates.products
 
     return max(of_actor(names) for names in by_cost(list(layers), layers, shards))
 
@@ -309,11 +322,13 @@ def calibrate(config: Config, shapes: PretrainedConfig, threads: int) -> Rates:
         ids = torch.zeros(1, tokens, dtype=torch.long, device=where)
         square = torch.randn(1024, 1024, device=where)
         factor = (square[:768, :768] @ square[:768, :768].T).double()
+        regular = factor + factor.diagonal().mean() * torch.eye(768, dtype=torch.float64, device=where)
         vector = torch.zeros(2**24, device=where)
         return Rates(
             6 * elements * tokens / _timed(lambda: layer(input_ids=ids).logits.float().sum().backward()),
             2 * 1024**3 / _timed(lambda: square @ square),
             EIGEN * 768**3 / _timed(lambda: torch.linalg.eigh(factor)),
+            INVERSE * 768**3 / _timed(lambda: torch.cholesky_inverse(torch.linalg.cholesky(regular))),
             8 * 2**24 / _timed(lambda: vector.add_(1)),
             math.inf if where.type == "cpu" else ABSENT_GPU.link,
         )

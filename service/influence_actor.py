@@ -27,7 +27,7 @@ from ideal.curvature.accumulate import Block, BlockGradient, FactorSums, accumul
 from ideal.curvature.ekfac import squared_gradients
 from ideal.curvature.exact import GaussNewton, Vectors, conjugate_gradients
 from ideal.curvature.joint import damping_forms, quadratic_forms
-from ideal.curvature.kfac import Eigen, Eigenbasis, eigenbasis
+from ideal.curvature.kfac import Divided, Eigen, Eigenbasis, Inverse
 from ideal.curvature.layers import input_group
 from ideal.influence import Array
 from ideal.model import DTYPES, device, load_model
@@ -39,7 +39,11 @@ from ideal.solvers import (
     coupled,
     curvature_blocks,
     exact_damping,
+    factor_shares,
+    layer_bases,
     layer_curvature,
+    layer_inverse,
+    needs_eigenvectors,
     needs_factors,
     set_sums,
     with_sets,
@@ -109,6 +113,7 @@ class InfluenceActor:
             batch_tokens=self.config.resources.batch_tokens,
             device=self.device,
             done=keep,
+            shares=factor_shares(everything, settings),
         )
         factors = {f"A/{name}": value.cpu() for name, value in sums.a.items()}
         factors |= {f"S/{name}": value.cpu() for name, value in sums.s.items()}
@@ -122,7 +127,7 @@ class InfluenceActor:
         """Write the eigenbases of some of the block's layers, for the second pass."""
         found: dict[str, Eigenbasis] = {}
         for layer in layers:
-            a, s = self._bases(layer, shards, found)
+            a, s = layer_bases(self._factors([layer], shards), layer, found)
             tensors = {"A": a.vectors.float(), "S": s.vectors.float(), "a": a.values, "s": s.values}
             ridges = {"ridges": torch.tensor([a.ridge, s.ridge], dtype=torch.float64)}
             save_file({k: v.cpu().contiguous() for k, v in (tensors | ridges).items()}, self._file(f"basis-{layer}"))
@@ -145,11 +150,12 @@ class InfluenceActor:
     def solve(self, layers: list[str], shards: int, progress: Reporter | None) -> dict[str, Solved]:
         """Invert the curvature of some of the block's layers and take all products."""
         bases: dict[str, Eigenbasis] = {}
+        inverses: dict[tuple[str, float], Inverse] = {}
         solved = {}
         for number, layer in enumerate(layers):
             if progress:
                 progress(f"solve: {layer}", number, len(layers))
-            solved[layer] = self._solved(layer, self._layer_solver(layer, shards, bases))
+            solved[layer] = self._solved(layer, self._layer_solver(layer, shards, bases, inverses))
         return solved
 
     def _solved(self, layer: str, solver: LayerSolver) -> Solved:
@@ -159,7 +165,7 @@ class InfluenceActor:
         if coupled(self.config.influence.solver, self.config.influence):
             damping = damping_forms(solved, self._own(layer))
             save_file({"x": solved.to(DTYPES[self.config.influence.precision]).cpu()}, self._solutions(layer))
-        if isinstance(solver, Eigen):
+        if isinstance(solver, Eigen | Divided):
             return Solved(products, solver.condition, solver.ridge, damping=damping)
         return Solved(products, damping=damping)
 
@@ -206,10 +212,11 @@ class InfluenceActor:
                 total = {layer: v + part[layer].to(v.device) for layer, v in total.items()}
             return total
 
+        asked = self.layers if needs_factors("exact", settings) else []
         solution = conjugate_gradients(
             product,
             {layer: self._set_sums(layer) for layer in self.layers},
-            exact_damping(self._sums(shards), self.layers, settings, self._own),
+            exact_damping(self._factors(asked, shards), self.layers, settings, self._own),
             tolerance=settings.residual,
             limit=settings.products,
         )
@@ -229,36 +236,26 @@ class InfluenceActor:
             self.system = GaussNewton(model, self.layers, blocks, self.config.resources.batch_tokens, self.device)
         return self.system.product({layer: v.to(self.device) for layer, v in vectors.items()})
 
-    def _layer_solver(self, layer: str, shards: int, bases: dict[str, Eigenbasis]) -> LayerSolver:
+    def _layer_solver(
+        self,
+        layer: str,
+        shards: int,
+        bases: dict[str, Eigenbasis],
+        inverses: dict[tuple[str, float], Inverse],
+    ) -> LayerSolver:
         settings = self.config.influence
         if settings.solver == "adam":
             return Diagonal(self._own(layer))
         if settings.solver not in FACTORED:
             return Plain()
+        sums = self._factors([layer], shards)
+        own = self._own(layer) if settings.damping == "schedule" else None
+        if not needs_eigenvectors(settings.solver, settings):
+            return layer_inverse(sums, layer, settings, own, inverses)
         refine = settings.solver == "ekfac"
-        a, s = self._recorded(layer) if refine else self._bases(layer, shards, bases)
-        return layer_curvature(
-            layer,
-            a,
-            s,
-            float(self._total("factors", "positions", shards)),
-            settings,
-            self._own(layer) if settings.damping == "schedule" else None,
-            self._total("squares", layer, shards) if refine else None,
-            torch.float32,
-        )
-
-    def _bases(self, layer: str, shards: int, bases: dict[str, Eigenbasis]) -> tuple[Eigenbasis, Eigenbasis]:
-        """(of A, of S); layers that share an input share the decomposition of their A."""
-        positions = self._total("factors", "positions", shards)
-        group = input_group(layer)
-        try:
-            if group not in bases:
-                bases.clear()
-                bases[group] = eigenbasis(self._total("factors", f"A/{group}", shards) / positions)
-            return bases[group], eigenbasis(self._total("factors", f"S/{layer}", shards) / positions)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"influence: layer {layer} {error}") from None
+        a, s = self._recorded(layer) if refine else layer_bases(sums, layer, bases)
+        refined = self._total("squares", layer, shards) if refine else None
+        return layer_curvature(layer, a, s, sums.positions, settings, own, refined, torch.float32)
 
     def _recorded(self, layer: str) -> tuple[Eigenbasis, Eigenbasis]:
         ridges = self._read(f"basis-{layer}", "ridges").tolist()
@@ -272,14 +269,13 @@ class InfluenceActor:
         """Λ of a layer as the SFT left it."""
         return read_tensor(self.model.parent / DAMPING, f"{layer}.weight", self.device).float()
 
-    def _sums(self, shards: int) -> FactorSums:
-        """The whole sample's factors; empty where none were asked for."""
+    def _factors(self, layers: list[str], shards: int) -> FactorSums:
+        """The whole sample's factors of some layers."""
         sums = FactorSums()
-        if needs_factors("exact", self.config.influence):
-            sums.positions = float(self._total("factors", "positions", shards))
-            for layer in self.layers:
-                sums.a[input_group(layer)] = self._total("factors", f"A/{input_group(layer)}", shards)
-                sums.s[layer] = self._total("factors", f"S/{layer}", shards)
+        sums.positions = float(self._total("factors", "positions", shards))
+        for layer in layers:
+            sums.a[input_group(layer)] = self._total("factors", f"A/{input_group(layer)}", shards)
+            sums.s[layer] = self._total("factors", f"S/{layer}", shards)
         return sums
 
     def _gradients(self, layer: str) -> Iterator[torch.Tensor]:

@@ -8,10 +8,10 @@ Each worker at its fullest; V is the vocabulary, T a forward pass's supervised t
   of them, in w and in fp32 as it is summed. Without a GPU each worker first reads the whole model where it trains.
 - Influence's pass: parameters in w; the layers' factors and one block's gradient in fp32; activations above the lowest
   tracked layer; two sets of output gradients; logits, and in fp64 the distribution that labels are drawn from (28 T V).
-- Influence's solve: all sets' gradients of one layer, three times; with `kfac` and `ekfac` one eigen-decomposition
-  in fp64. `joint` then takes sets' solutions of all layers through forward passes with tangents, in w, as many at a
-  time as are twice the model, and keeps the logits' tangents, half the model; `exact` holds all layers' gradients,
-  seven times (conjugate gradients), beside a pass.
+- Influence's solve: all sets' gradients of one layer, three times; with `kfac` and `ekfac` one inverse or
+  eigen-decomposition in fp64. `joint` then takes sets' solutions of all layers through forward passes with tangents,
+  in w, as many at a time as are twice the model, and keeps the logits' tangents, half the model; `exact` holds all
+  layers' gradients, seven times (conjugate gradients), beside a pass.
 
 Batches are taken to be full and half of their tokens supervised. Left out are what Python and its libraries hold (0.5
 to 1 GiB, in the machine's memory), and what an allocator keeps of freed memory. The test holds the formulas against
@@ -33,7 +33,7 @@ from ideal.config import Config
 from ideal.curvature.joint import TANGENTS, at_once
 from ideal.curvature.layers import input_group, layer_shapes
 from ideal.errors import BadInput
-from ideal.solvers import FACTORED, needs_factors
+from ideal.solvers import FACTORED, needs_eigenvectors, needs_factors
 from service.cluster import Cluster
 
 GIB = 2**30
@@ -369,7 +369,10 @@ def solve_memory(config: Config, sizes: Sizes, supervised: float) -> int:
             return products
         wider, other = max(rows, columns), min(rows, columns)
         last = 4 * (rows * rows + columns * columns + rows * columns)  # the layer's before it, or its own, in fp32
-        decomposing = 36 * wider * wider + 8 * other * other  # LAPACK's workspace is two matrices in fp64
+        if needs_eigenvectors(config.influence.solver, config.influence):
+            decomposing = 36 * wider * wider + 8 * other * other  # LAPACK's workspace is two matrices in fp64
+        else:
+            decomposing = 28 * wider * wider + 8 * other * other
         return last + max(decomposing, products + 8 * (rows * rows + columns * columns))
 
     layer = max(of_layer(rows, columns) for rows, columns in sizes.tracked.values())

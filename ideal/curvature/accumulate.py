@@ -6,6 +6,10 @@ the gradient. Sums are fp32, counts are kept beside them, and a division happens
 
 The curvature is that of the *mixture's* mean loss per supervised token. A domain with weight w_j, of which the sample
 has t_j supervised tokens, enters both factors with w_j/t_j; so one accumulator serves any number of domains.
+
+A [d, d] factor takes d² multiplications a position, which for wide layers is more than the model itself takes. Two
+things make it less: the products are symmetric, so that little more than half of each is computed; and a factor that
+is drawn from a share of the positions, by chance, is as good when there are many more positions than d.
 """
 
 from __future__ import annotations
@@ -65,6 +69,12 @@ class FactorSums:
     def add_gradients(self, layer: str, rows: torch.Tensor, weight: float) -> None:
         _add_square(self.s, layer, rows, weight)
 
+    def mirror(self) -> None:
+        """Fill in what lies below the strips, once all rows are in."""
+        for factor in (*self.a.values(), *self.s.values()):
+            for start, end in _strips(len(factor)):
+                factor[end:, start:end] = factor[start:end, end:].T
+
 
 @dataclass(frozen=True)
 class BlockGradient:
@@ -81,6 +91,15 @@ class BlockGradient:
     loss: float
 
 
+STRIPS = 4
+"""A wide factor's rows are computed in so many strips, each from its own diagonal on: 5/8 of the work."""
+WIDE = 512
+"""Columns from which strips pay."""
+
+Shares = Callable[[int], float]
+"""The share of the positions that a factor of this width is made of."""
+
+
 def accumulate(
     model: nn.Module,
     layers: list[str],
@@ -92,6 +111,7 @@ def accumulate(
     batch_tokens: int,
     device: torch.device,
     done: Callable[[Block, BlockGradient], None],
+    shares: Shares = lambda width: 1.0,
 ) -> FactorSums:
     """Pass over the blocks.
 
@@ -102,6 +122,8 @@ def accumulate(
         seed: of the sampled labels; each example has a generator of its own, so that neither batching nor sharding
             changes them.
         done: called with each block's gradient when it is complete; it is not kept here.
+        shares: a factor of this width is made of this share of the positions, each drawn by its example's own
+            generator, and its sums are divided by that share.
     """
     sums = FactorSums()
     with record(model, layers) as recorder:
@@ -114,13 +136,14 @@ def accumulate(
                 outputs = dict(recorder.outputs)  # gradient checkpointing records others while it recomputes
                 loss = summed_loss(logits, moved)
                 curved = factors and block.weight > 0
+                drawn = Drawn(shares, moved, block, members, seed)
                 if curved and fisher == "sampled":
                     drawn_loss = sampled_loss(logits, moved, block, members, seed)
                     curvature = output_gradients_of(outputs, layers, drawn_loss, keep=True)
-                    _add_factors(sums, recorder, curvature, moved.mask, block.weight)
+                    _add_factors(sums, recorder, curvature, block.weight, drawn)
                 output_gradients = output_gradients_of(outputs, layers, loss, keep=False)
                 if curved and fisher == "empirical":
-                    _add_factors(sums, recorder, output_gradients, moved.mask, block.weight)
+                    _add_factors(sums, recorder, output_gradients, block.weight, drawn)
                 for layer in layers:
                     g = wide(output_gradients[layer][moved.mask])
                     a = wide(recorder.inputs[input_group(layer)][moved.mask])
@@ -131,6 +154,7 @@ def accumulate(
                 tokens += int((moved.targets != IGNORED).sum())
                 loss_sum += float(loss.detach())
             done(block, BlockGradient(gradients, tokens, loss_sum))
+    sums.mirror()
     return sums
 
 
@@ -163,22 +187,55 @@ def output_gradients_of(
     return dict(zip(layers, gradients, strict=True))
 
 
+class Drawn:
+    """Which of a micro-batch's positions the factors are made of: the same ones in any batch, order or shard."""
+
+    def __init__(self, shares: Shares, batch: Batch, block: Block, members: Sequence[int], seed: int) -> None:
+        self.shares, self.batch = shares, batch
+        self.keys = [(seed, "positions", block.set, str(block.keys[i])) for i in members]
+        self.masks: dict[int, torch.Tensor] = {}
+        self.uniform: torch.Tensor | None = None
+
+    def of(self, width: int) -> tuple[torch.Tensor, float]:
+        """([n, L] positions for a factor of this width, what share of them all that is)."""
+        share = self.shares(width)
+        if share >= 1:
+            return self.batch.mask, 1.0
+        if width not in self.masks:
+            if self.uniform is None:
+                self.uniform = torch.ones(self.batch.mask.shape, dtype=torch.float64)
+                for row, (key, length) in enumerate(zip(self.keys, self.batch.mask.sum(1).tolist(), strict=True)):
+                    self.uniform[row, :length] = torch.from_numpy(seeded(*key).random(length))
+                self.uniform = self.uniform.to(self.batch.mask.device)
+            self.masks[width] = self.uniform < share
+        return self.masks[width], share
+
+
 def _add_factors(
     sums: FactorSums,
     recorder: Recorder,
     output_gradients: dict[str, torch.Tensor],
-    mask: torch.Tensor,
     weight: float,
+    drawn: Drawn,
 ) -> None:
     """Every non-padding position counts, prompts included: the answer's loss reaches them through attention."""
     for group in {input_group(layer): None for layer in output_gradients}:
-        sums.add_inputs(group, wide(recorder.inputs[group][mask]), weight)
+        mask, share = drawn.of(recorder.inputs[group].shape[-1])
+        sums.add_inputs(group, wide(recorder.inputs[group][mask]), weight / share)
     for layer, g in output_gradients.items():
-        sums.add_gradients(layer, wide(g[mask]), weight)
-    sums.positions += weight * int(mask.sum())
+        mask, share = drawn.of(g.shape[-1])
+        sums.add_gradients(layer, wide(g[mask]), weight / share)
+    sums.positions += weight * drawn.batch.tokens
 
 
 def _add_square(store: dict[str, torch.Tensor], key: str, rows: torch.Tensor, weight: float) -> None:
+    width = rows.shape[1]
     if key not in store:
-        store[key] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device, dtype=rows.dtype)
-    store[key].addmm_(rows.T, rows, alpha=weight)
+        store[key] = torch.zeros(width, width, device=rows.device, dtype=rows.dtype)
+    for start, end in _strips(width):
+        store[key][start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:], alpha=weight)
+
+
+def _strips(width: int) -> list[tuple[int, int]]:
+    step = -(-width // STRIPS) if width >= WIDE else width
+    return [(start, min(start + step, width)) for start in range(0, width, step)]

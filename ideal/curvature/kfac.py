@@ -7,16 +7,28 @@ For a layer with input a [d_in] and gradient g [d_out] of its output, over the p
 with S = Q_S Λ_S Q_Sᵀ and A = Q_A Λ_A Q_Aᵀ, eigenvectors in columns, as ``eigh`` gives them. For G [d_out, d_in],
 
     (F + λ)⁻¹ G = Q_S [ (Q_Sᵀ G Q_A) / (λ_S λ_Aᵀ + λ) ] Q_Aᵀ,      λ = c · mean eigenvalue = c · mean(λ_S) · mean(λ_A).
+
+The damping can also be divided between the factors (Martens & Grosse 2015, section 6.3),
+
+    (S + √c · mean(λ_S))⁻¹ G (A + √c · mean(λ_A))⁻¹,
+
+which is more where one of λ_S, λ_A is large, and needs no eigenvectors: Cholesky's decomposition takes a thirtieth of
+their multiplications. Means of eigenvalues are means of diagonals.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
+
 RIDGES = (0.0, 1e-6, 1e-4, 1e-2)
-"""Tried one after the other on a factor's diagonal until it can be decomposed."""
+"""Tried one after the other on a factor's diagonal until it can be decomposed, as multiples of its mean."""
+NO_CURVATURE = "has no curvature: no gradient reaches it"
 
 
 @dataclass(frozen=True)
@@ -61,22 +73,13 @@ class Eigenbasis:
 def eigenbasis(factor: torch.Tensor) -> Eigenbasis:
     """Decompose a factor [d, d] in fp64.
 
-    A decomposition that doesn't converge is tried again with a little of the mean eigenvalue on the diagonal, more
-    each time, and says so in ``repair``.
+    One that doesn't converge is tried again with a little of the mean eigenvalue on the diagonal, more each time.
 
     Raises:
         FloatingPointError: the factor isn't finite, or no try converges.
     """
-    if not torch.isfinite(factor).all():
-        raise FloatingPointError("isn't finite")
-    wide = factor.double()
-    for ridge in RIDGES:
-        try:
-            values, vectors = torch.linalg.eigh(wide + ridge * wide.diagonal().mean() * _one(wide) if ridge else wide)
-        except RuntimeError:
-            continue
-        return Eigenbasis(values.clamp(min=0), vectors, ridge)
-    raise FloatingPointError(f"has no eigen-decomposition, even with {RIDGES[-1]:g} of its mean eigenvalue added")
+    (values, vectors), ridge = _decomposed(factor, 0.0, torch.linalg.eigh, "eigen-decomposition")
+    return Eigenbasis(values.clamp(min=0), vectors, ridge)
 
 
 def curvature(
@@ -106,7 +109,7 @@ def curvature(
         eigenvalues = refined.to(eigenvalues)
     mean = float(eigenvalues.mean())
     if not mean > 0:
-        raise FloatingPointError("has no curvature: no gradient reaches it")
+        raise FloatingPointError(NO_CURVATURE)
     condition = float(eigenvalues.max() / eigenvalues.min().clamp(min=1e-300))
     lam = damping * mean if absolute is None else absolute
     return Eigen(
@@ -114,5 +117,61 @@ def curvature(
     )
 
 
-def _one(matrix: torch.Tensor) -> torch.Tensor:
-    return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+@dataclass(frozen=True)
+class Inverse:
+    """One factor's damped inverse [d, d] in fp64.
+
+    ``condition``: of the damped factor, in the 1-norm; ``ridge`` as in ``Eigenbasis``.
+    """
+
+    matrix: torch.Tensor
+    condition: float
+    ridge: float = 0.0
+
+
+def inverse(factor: torch.Tensor, damping: float) -> Inverse:
+    """(X + √damping · mean eigenvalue)⁻¹ of a factor X [d, d].
+
+    Raises:
+        FloatingPointError: it isn't finite, is 0, or can't be decomposed.
+    """
+    shift = damping**0.5 * float(factor.diagonal().double().mean())
+    if shift == 0:
+        raise FloatingPointError(NO_CURVATURE)
+    root, ridge = _decomposed(factor, shift, torch.linalg.cholesky, "Cholesky decomposition")
+    matrix = torch.cholesky_inverse(root)
+    largest = float(factor.abs().sum(0).max()) + shift  # the diagonal isn't negative
+    return Inverse(matrix, largest * float(torch.linalg.norm(matrix, 1)), ridge)
+
+
+class Divided:
+    """scale · S ⊗ A with the damping divided between both.
+
+    Attributes:
+        condition: an upper bound.
+    """
+
+    def __init__(self, a: Inverse, s: Inverse, scale: float, dtype: torch.dtype) -> None:
+        self.a, self.s = a.matrix.to(dtype), (s.matrix / scale).to(dtype)
+        self.condition, self.ridge = a.condition * s.condition, max(a.ridge, s.ridge)
+
+    def solve(self, gradient: torch.Tensor) -> torch.Tensor:
+        """[..., d_out, d_in] the damped inverse of the curvature times G."""
+        return self.s @ gradient @ self.a
+
+
+def _decomposed(
+    factor: torch.Tensor, shift: float, decompose: Callable[[torch.Tensor], T], what: str
+) -> tuple[T, float]:
+    """(decomposition of the shifted factor in fp64, the first ridge with which there is one)."""
+    if not torch.isfinite(factor).all():
+        raise FloatingPointError("isn't finite")
+    mean = float(factor.diagonal().double().mean())
+    for ridge in RIDGES:
+        wide = factor.double().clone()
+        wide.diagonal().add_(shift + ridge * mean)
+        try:
+            return decompose(wide), ridge
+        except RuntimeError:
+            continue
+    raise FloatingPointError(f"has no {what}, even with {RIDGES[-1]:g} of its mean eigenvalue added")

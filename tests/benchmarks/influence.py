@@ -9,8 +9,9 @@ grows by from before it loads the model (so the model's own 0.5 GB is in it).
 - `plain`: one forward and backward pass with all weights' gradients. Only supervised positions pass through the head,
   which makes it the smaller of two possible yardsticks; `plain, all logits` is the other.
 - `kfac`, `ekfac`, `joint`, `exact`: one actor of the service with all of this process's threads, its files included.
-  `joint` and `exact` (``--exact``) are damped by a made-up constant Λ in place of the optimiser's; the examples that
-  they see the curvature on are a fixed number.
+  *some positions*: factors of twice their width of positions. *eigenvectors*: λ added to the product of A and S, which
+  is what kronfluence does. `joint` (the default: layers combined) and `exact` (``--exact``) are damped by a made-up
+  constant Λ in place of the optimiser's; the examples that they see the curvature on are a fixed number.
 - `kronfluence`: fits its factors on the same training examples and scores. It has no notion of domains, and
   per-example gradients of these layers don't fit into memory, so the cheapest way to the matrix is taken: a domain's
   summed gradient as the *query* (the influence is symmetric, and there are more training than reference tokens), and
@@ -71,7 +72,7 @@ class Setting:
         folder: the model, and the examples of every set.
         names: the domains.
         train, reference: input tokens in all domains' samples together, and in all reference sets.
-        dealt: deal the training sample out to so many domains, as if they were cards; 0 leaves the domains as they are.
+        dealt: deal all examples out to so many domains and reference sets, as if they were cards; 0 leaves them be.
     """
 
     config: str
@@ -85,6 +86,24 @@ class Setting:
     dealt: int = 0
     blocks: int = 2
     kronfluence: str = ""
+
+
+OURS: dict[str, dict[str, Any]] = {
+    "kfac": {"joint": False},
+    "kfac, some positions": {"joint": False, "positions": 2},
+    "kfac, eigenvectors": {"joint": False, "divided": False, "damping": 0.1},
+    "ekfac": {"solver": "ekfac", "joint": False, "damping": 0.1},
+    "joint": {},
+    "exact": {"solver": "exact", "damping": "schedule"},
+}
+"""Our contestants: what each changes in the section `influence`."""
+
+SAME = {
+    "kfac, some positions": "kfac",
+    "kfac, eigenvectors": "kronfluence kfac",
+    "ekfac": "kronfluence ekfac",
+}
+"""What should say the same as what."""
 
 
 def chosen(pool: ExampleSet, tokens: int, seed: int, name: str) -> list[Item]:
@@ -111,19 +130,24 @@ def sample(setting: Setting) -> tuple[list[Block], int]:
     folder, names, seed = Path(setting.folder), setting.names, setting.seed
     each, of_reference = setting.train // len(names), setting.reference // len(names)
     train = {name: chosen(ExampleSet.load(train_file(folder, name)), each, seed, name) for name in names}
+    asked = {name: chosen(ExampleSet.load(reference_file(folder, name)), of_reference, seed, name) for name in names}
     if setting.dealt:
-        cards = [item for items in train.values() for item in items]
-        train = {str(n): cards[n :: setting.dealt] for n in range(setting.dealt)}
+        train, asked = dealt(train, setting.dealt), dealt(asked, setting.dealt)
     tokens = [sum(int(supervised[1:].sum()) for _, supervised in items) for items in train.values()]
     blocks: list[Block] = []
     for (name, items), share in zip(train.items(), tokens, strict=True):
         blocks += split(f"train/{name}", items, range(len(items)), setting.blocks, share / sum(tokens))
-    for name in names:
-        items = chosen(ExampleSet.load(reference_file(folder, name)), of_reference, seed, name)
+    for name, items in asked.items():
         blocks += split(f"reference/{name}", items, range(len(items)), setting.blocks, 0.0)
     if not all(block.items for block in blocks):
         sys.exit(f"some block of {setting.blocks} in a set is empty: ask for fewer domains or more tokens")
     return blocks, len(train)
+
+
+def dealt(sets: dict[str, list[Item]], count: int) -> dict[str, list[Item]]:
+    """All sets' examples in so many new ones."""
+    cards = [item for items in sets.values() for item in items]
+    return {str(n): cards[n::count] for n in range(count)}
 
 
 def measured(part: str, setting: Setting) -> dict[str, Any]:
@@ -166,15 +190,10 @@ def plain(model: nn.Module, blocks: list[Block], setting: Setting, whole: bool) 
 
 
 def ours(
-    solver: str, model: nn.Module, layers: list[str], blocks: list[Block], domains: int, setting: Setting
+    part: str, model: nn.Module, layers: list[str], blocks: list[Block], domains: int, setting: Setting
 ) -> tuple[Array, float]:
     """The matrix, and the seconds of the (first) pass alone: what grows with the tokens."""
-    asked: dict[str, Any] = {"solver": solver, "joint": False, "damping": 0.1}
-    if solver == "exact":
-        asked["damping"] = "schedule"
-    if solver == "joint":
-        asked = {"solver": "kfac", "joint": True}
-    settings = InfluenceConfig.model_validate({**asked, "blocks": setting.blocks, "precision": "fp32"})
+    settings = InfluenceConfig.model_validate({**OURS[part], "blocks": setting.blocks, "precision": "fp32"})
     config = load(setting.config, [])
     resources = config.resources.model_copy(update={"batch_tokens": setting.batch_tokens})
     config = config.model_copy(update={"influence": settings, "resources": resources, "seed": setting.seed})
@@ -190,10 +209,10 @@ def ours(
         started = time.perf_counter()
         sizes = list(actor.accumulate(0, list(range(len(blocks))), None).values())
         passed = time.perf_counter() - started
-        if solver == "ekfac":
+        if settings.solver == "ekfac":
             actor.decompose(layers, 1)
             actor.refine(0, list(range(len(blocks))))
-        if solver == "exact":
+        if settings.solver == "exact":
             chosen = curvature_blocks(blocks, domains, settings)
             solved = actor.exact([list(range(len(chosen)))], [], None)
         else:
@@ -323,7 +342,7 @@ def written(folder: Path, arguments: argparse.Namespace) -> Setting:
 
 def compare(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
     """Every contestant in turn, printed as it comes."""
-    parts = ["plain", "plain, all logits", "kfac", "ekfac", "joint"] + ["exact"] * arguments.exact
+    parts = ["plain", "plain, all logits", *(part for part in OURS if part != "exact" or arguments.exact)]
     sys.path.append(setting.kronfluence)
     if find_spec("kronfluence"):
         parts += ["kronfluence kfac", "kronfluence ekfac"]
@@ -343,10 +362,10 @@ def compare(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
         passed = f"{one['pass_seconds']:.1f}" if one["pass_seconds"] else ""
         print(f"{label:<30}{one['seconds']:>9.1f}{one['multiple']:>9.2f}{passed:>10}", end="")
         print(f"{one['peak_bytes'] / 1e9:>9.2f}", flush=True)
-    for part in ("kfac", "ekfac"):
-        if f"kronfluence {part}" in found:
-            found[part]["cosine"] = cosine(found[part]["matrix"], found[f"kronfluence {part}"]["matrix"])
-            print(f"{part}: cosine of the matrix with kronfluence's {found[part]['cosine']:.6f}")
+    for part, other in SAME.items():
+        if other in found:
+            found[part]["cosine"] = cosine(found[part]["matrix"], found[other]["matrix"])
+            print(f"cosine of the matrices by {part!r} and {other!r}: {found[part]['cosine']:.6f}")
     return found
 
 

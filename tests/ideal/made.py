@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ideal.batches import Item
 from ideal.config import InfluenceConfig
-from ideal.curvature.accumulate import BlockGradient, FactorSums, accumulate
+from ideal.curvature.accumulate import BlockGradient, FactorSums, Shares, accumulate
 from ideal.curvature.kfac import Eigen, curvature, eigenbasis
 from ideal.curvature.layers import input_group
 from ideal.examples import ExampleSet
@@ -70,6 +70,7 @@ def run(
     factors: bool = True,
     seed: int = 0,
     batch_tokens: int = 64,
+    shares: Shares = lambda width: 1.0,
 ) -> tuple[FactorSums, list[BlockGradient]]:
     """``accumulate`` with its blocks' gradients in a list."""
     found: list[BlockGradient] = []
@@ -84,6 +85,7 @@ def run(
         batch_tokens=batch_tokens,
         device=torch.device("cpu"),
         done=keep,
+        shares=shares,
     )
     return sums, found
 
@@ -113,6 +115,7 @@ def influence(
     schedule: dict[str, torch.Tensor] | None = None,
     own: dict[str, torch.Tensor] | None = None,
     joint: bool = False,
+    divided: bool = False,
     batch_tokens: int = 64,
 ) -> InfluenceTable:
     """The whole influence, as the service computes it, in one process.
@@ -129,7 +132,7 @@ def influence(
     settings = InfluenceConfig.model_validate(
         {"solver": solver, "blocks": blocks, "examples": blocks, "precision": "fp32", "products": 400, "residual": 1e-9}
         | {"damping": "schedule" if schedule else damping, "curvature_examples": 10**6, "fisher": fisher}
-        | {"joint": joint}
+        | {"joint": joint, "divided": divided}
     )
     sample = Sampled(parts, len(domains), settings, schedule or own or {}, 0, batch_tokens, torch.device("cpu"))
     return influence_tables(model, list(layers), sample, [solver])[solver]

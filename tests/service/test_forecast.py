@@ -82,18 +82,21 @@ def test_this_machine_is_measured(config: Config, tiny_model: Path) -> None:
 
 
 def test_time_follows_the_work_and_the_machine(paper: Config, sizes: Sizes) -> None:
-    def taken(joint: bool = False, **changes: object) -> dict[str, float]:
-        config = paper.model_copy(update={"influence": paper.influence.model_copy(update={"joint": joint})})
+    def taken(joint: bool = False, divided: bool = True, positions: float = 0, **changes: object) -> dict[str, float]:
+        settings = {"joint": joint, "divided": divided, "positions": positions}
+        config = paper.model_copy(update={"influence": paper.influence.model_copy(update=settings)})
         work = replace(WORK, tokens=changes.pop("tokens", 256))  # type: ignore[arg-type]
         blocks = changes.pop("blocks", 1)
         rates = replace(ABSENT_GPU, **changes)  # type: ignore[arg-type]
         return vars(seconds(config, sizes, EIGHT, blocks, work, rates, rates))  # type: ignore[arg-type]
 
-    once, longer, slower, cut = taken(), taken(tokens=512), taken(eigen=0.5e12), taken(blocks=4)
+    once, longer, slower, cut = taken(), taken(tokens=512), taken(inverse=1e12), taken(blocks=4)
     assert longer["reference"] == pytest.approx(2 * once["reference"])
     assert longer["influence_pass"] == pytest.approx(2 * once["influence_pass"])
     assert longer["influence_solve"] == once["influence_solve"]
     assert slower["influence_solve"] > 1.8 * once["influence_solve"]
+    assert taken(divided=False)["influence_solve"] > 5 * once["influence_solve"], "eigenvectors cost more"
+    assert 0.5 * once["influence_pass"] < taken(positions=4)["influence_pass"] < 0.95 * once["influence_pass"]
     assert once["influence_pass"] < cut["influence_pass"] < 4 * once["influence_pass"]  # fewer shards, fewer layers
     assert once["reference"] == pytest.approx(400 * 256 * 2 * 1_235_748_864 / 400e12, rel=1e-3)
 

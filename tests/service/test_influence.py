@@ -46,6 +46,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Config:
             "precision": "fp32",
             "damping": 0.1,
             "joint": False,
+            "divided": False,
         },
         "resources": {"batch_tokens": 64, "wait_seconds": 60},
     }
@@ -140,22 +141,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("solver", "joint", "layer_blocks"),
+    ("solver", "more", "layer_blocks"),
     [
-        ("identity", False, 1),
-        ("adam", False, 1),
-        ("ekfac", False, 1),
-        ("exact", False, 1),
-        ("adam", True, 1),
-        ("kfac", True, 2),
+        ("identity", {}, 1),
+        ("adam", {}, 1),
+        ("kfac", {"divided": True}, 1),
+        ("kfac", {"divided": True, "damping": "schedule", "positions": 0.2}, 2),
+        ("ekfac", {}, 1),
+        ("exact", {"damping": "schedule"}, 1),
+        ("adam", {"joint": True}, 1),
+        ("kfac", {"joint": True}, 2),
     ],
 )
 @pytest.mark.usefixtures("ray_session")
 def test_every_solver_says_on_workers_what_it_says_in_one_process(
-    tmp_path: Path, settings: Config, checkpoint: Path, data: Path, solver: str, joint: bool, layer_blocks: int
+    tmp_path: Path, settings: Config, checkpoint: Path, data: Path, solver: str, more: dict[str, Any], layer_blocks: int
 ) -> None:
-    damping = "schedule" if solver == "exact" else 0.1
-    asked = {"solver": solver, "joint": joint, "damping": damping, "curvature_examples": 4}
+    asked = {"solver": solver, "curvature_examples": 4} | more
     tight = {"products": 30, "residual": 1e-4}
     config = settings.model_copy(
         update={"influence": InfluenceConfig.model_validate(settings.influence.model_dump() | asked | tight)}

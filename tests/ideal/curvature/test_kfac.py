@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ideal.curvature.kfac import Eigen, curvature, eigenbasis
+from ideal.curvature.kfac import RIDGES, Divided, Eigen, curvature, eigenbasis, inverse
 
 D_OUT, D_IN, SCALE = 5, 7, 2.5
 BOUND = 1e-9
@@ -26,6 +26,10 @@ F = SCALE * torch.kron(S, A)
 
 def solved(damping: float) -> Eigen:
     return curvature(eigenbasis(A), eigenbasis(S), SCALE, damping, torch.float64)
+
+
+def divided(damping: float) -> Divided:
+    return Divided(inverse(A, damping), inverse(S, damping), SCALE, torch.float64)
 
 
 def dense(damping: float, gradient: torch.Tensor = G) -> torch.Tensor:
@@ -50,10 +54,7 @@ def test_solve_is_the_dense_inverse_and_nothing_else_is(damping: float) -> None:
         "rotated with Q G Qᵀ": q_s.T @ ((q_s @ G @ q_a.T) / values) @ q_a,
         "H instead of its inverse": q_s @ (eigen.rotate(G) * values) @ q_a.T,
         "no damping": q_s @ (eigen.rotate(G) / undamped) @ q_a.T,
-        "A and S damped one by one": torch.linalg.solve(
-            S + damping * torch.diag(S).mean() * torch.eye(D_OUT, dtype=torch.float64), G
-        )
-        @ torch.linalg.inv(A + damping * torch.diag(A).mean() * torch.eye(D_IN, dtype=torch.float64)),
+        "A and S damped one by one": divided(damping).solve(G),
     }
     for what, answer in wrong.items():
         assert error(answer, right) > 0.02, what
@@ -70,6 +71,37 @@ def test_damping_is_relative_to_the_layers_mean_eigenvalue() -> None:
     values = torch.linalg.eigvalsh(F)
     assert solved(0.1).condition == pytest.approx(float(values[-1] / values[0]))
     torch.testing.assert_close(solved(0.1).curvature.flatten().sort().values, values + 0.1 * values.mean())
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.1])
+def test_divided_damping_is_the_dense_inverse_of_both_damped_factors(damping: float) -> None:
+    """Its share of each is the root of λ, so that a matrix of equal eigenvalues meets λ itself, between the lines."""
+    damped = [x + damping**0.5 * torch.diag(x).mean() * torch.eye(len(x), dtype=torch.float64) for x in (S, A)]
+    right = torch.linalg.solve(SCALE * torch.kron(*damped), G.flatten()).view_as(G)
+    found = divided(damping)
+    torch.testing.assert_close(found.solve(G), right, rtol=BOUND, atol=BOUND)
+    for what, answer in {"identity": G, "λ on the product": dense(damping)}.items():
+        assert error(answer, right) > 0.02, what
+    left = [torch.linalg.cond(x, 1) for x in damped]
+    assert found.condition == pytest.approx(float(left[0] * left[1]))
+
+
+def test_divided_damping_survives_a_singular_factor_and_says_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    singular = torch.diag(torch.tensor([0.0, 1.0]).double())
+    assert inverse(singular, 0.01).matrix[0, 0] == pytest.approx(1 / 0.05)
+    real, tries = torch.linalg.cholesky, []
+
+    def stubborn(matrix: torch.Tensor) -> torch.Tensor:
+        tries.append(matrix)
+        if len(tries) < 3:
+            raise torch.linalg.LinAlgError("not positive-definite")
+        return real(matrix)
+
+    monkeypatch.setattr(torch.linalg, "cholesky", stubborn)
+    assert inverse(singular, 0.01).ridge == RIDGES[2]
+    for broken in (torch.full((2, 2), float("nan")), torch.zeros(2, 2)):
+        with pytest.raises(FloatingPointError, match=r"finite|no gradient"):
+            inverse(broken, 0.1)
 
 
 def test_exact_for_one_position_of_a_linear_model() -> None:
