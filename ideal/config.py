@@ -300,7 +300,7 @@ class FidelityConfig(Section):
         {
             "identity": {"solver": "identity", "joint": False},
             "adam": {"solver": "adam", "joint": False},
-            "kfac": {"solver": "kfac", "joint": False, "damping": 0.1},
+            "kfac": {"solver": "kfac", "joint": False},
             "ekfac": {"solver": "ekfac", "joint": False, "damping": 0.1},
             "joint": {"solver": "kfac", "joint": True, "damping": 1.0},
             "exact": {"solver": "exact", "damping": "schedule"},

@@ -7,7 +7,7 @@ of each *set*, and never to the many blocks: their products follow from that (``
 | --- | --- | --- |
 | `identity` | 1 | the gradients |
 | `adam` | Λ⁻¹, what the optimiser itself does with a gradient | the gradients |
-| `kfac` | (S ⊗ A + λ)⁻¹ | gradients and factors, at once |
+| `kfac` | (S + √c s̄)⁻¹ ⊗ (A + √c ā)⁻¹, or with ``divided: false`` (S ⊗ A + λ)⁻¹ | gradients and factors, at once |
 | `ekfac` | the same eigenvectors with their right eigenvalues | one more |
 | `exact` | (H + λ)⁻¹, all tracked layers together | one for each step of conjugate gradients and reference set |
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
 
 IDEAL = Path(sys.executable).parent / "ideal"
@@ -96,3 +97,13 @@ def wait_for(found: Any, process: subprocess.Popen[bytes], seconds: float = 300)
         assert process.poll() is None, "it ended too early"
         assert time.time() < deadline, "it doesn't come"
         time.sleep(0.05)
+
+
+def same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Two reports say the same: volumes and scores exactly, losses to what sums in another order change."""
+    assert len(ours["iterations"]) == len(theirs["iterations"])
+    for mine, other in zip(ours["iterations"], theirs["iterations"], strict=True):
+        assert mine["volumes"] == other["volumes"]
+        for domain, losses in other["reference"].items():
+            assert mine["reference"][domain]["loss"] == pytest.approx(losses["loss"], rel=1e-5)
+        assert mine["benchmarks"] == other["benchmarks"]

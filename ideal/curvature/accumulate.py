@@ -96,6 +96,9 @@ STRIPS = 4
 WIDE = 512
 """Columns from which strips pay."""
 
+DRAWN_AT_ONCE = 64
+"""Positions whose labels are drawn at a time: distributions in fp64 are larger than the logits."""
+
 Shares = Callable[[int], float]
 """The share of the positions that a factor of this width is made of."""
 
@@ -174,9 +177,13 @@ def sample_labels(logits: torch.Tensor, batch: Batch, keys: Sequence[int], set_n
             for key, count in zip(keys, counts, strict=True)
         ]
     ).to(logits.device)
+    drawn = [_drawn(*part) for part in zip(logits.split(DRAWN_AT_ONCE), uniform.split(DRAWN_AT_ONCE), strict=True)]
+    return torch.cat(drawn).clamp(max=logits.shape[-1] - 1)
+
+
+def _drawn(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
-    drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None]).squeeze(1)
-    return drawn.clamp(max=logits.shape[-1] - 1)
+    return torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None]).squeeze(1)
 
 
 def output_gradients_of(

@@ -343,9 +343,11 @@ def written(folder: Path, arguments: argparse.Namespace) -> Setting:
 def compare(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
     """Every contestant in turn, printed as it comes."""
     parts = ["plain", "plain, all logits", *(part for part in OURS if part != "exact" or arguments.exact)]
+    if arguments.only:
+        parts = ["plain", *arguments.only]
     sys.path.append(setting.kronfluence)
     if find_spec("kronfluence"):
-        parts += ["kronfluence kfac", "kronfluence ekfac"]
+        parts += [part for part in ("kronfluence kfac", "kronfluence ekfac") if not arguments.only]
     else:
         print(f"kronfluence isn't there: `{INSTALL}`, then name the folder with --kronfluence")
     found: dict[str, Any] = {}
@@ -363,7 +365,7 @@ def compare(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"{label:<30}{one['seconds']:>9.1f}{one['multiple']:>9.2f}{passed:>10}", end="")
         print(f"{one['peak_bytes'] / 1e9:>9.2f}", flush=True)
     for part, other in SAME.items():
-        if other in found:
+        if part in found and other in found:
             found[part]["cosine"] = cosine(found[part]["matrix"], found[other]["matrix"])
             print(f"cosine of the matrices by {part!r} and {other!r}: {found[part]['cosine']:.6f}")
     return found
@@ -386,6 +388,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the config")
     parser.add_argument("--config", default="jobs/configs/quickstart.yaml", help="model, domains and their examples")
     parser.add_argument("--small", action="store_true", help="three blocks' MLPs and a fifth of the tokens")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these contestants beside `plain`")
     parser.add_argument("--exact", action="store_true", help="the exact solver too: slow")
     parser.add_argument("--domains", default="", help="numbers of domains to deal the sample out to, e.g. 2,4,8,16")
     parser.add_argument("--tokens", type=int, default=0, help="how often to double the tokens")
@@ -403,7 +406,8 @@ def main() -> None:
         few = replace(setting, layers=SMALL)
         if arguments.domains:
             counts = [int(n) for n in arguments.domains.split(",")]
-            results["domains"] = scale("domains", {str(n): replace(few, dealt=n) for n in counts})
+            more = replace(few, train=2 * few.train, reference=2 * few.reference)  # enough for sixteen
+            results["domains"] = scale("domains", {str(n): replace(more, dealt=n) for n in counts})
         if arguments.tokens:
             sizes = [2**n for n in range(arguments.tokens + 1)]
             results["tokens"] = scale(

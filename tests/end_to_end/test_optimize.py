@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from tests.command import IDEAL, Command, Ended, wait_for
+from tests.command import IDEAL, Command, Ended, same, wait_for
 from tests.end_to_end.tiny_run import VOLUMES, make_tree
 
 COPIES = 3
@@ -204,12 +204,3 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(
         assert {path.parent.name for path in after} == {path.parent.name for path in command.records()}
     finally:
         killed.clean()
-
-
-def same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    assert len(ours["iterations"]) == len(theirs["iterations"])
-    for mine, other in zip(ours["iterations"], theirs["iterations"], strict=True):
-        assert mine["volumes"] == other["volumes"]
-        for domain, losses in other["reference"].items():
-            assert mine["reference"][domain]["loss"] == pytest.approx(losses["loss"], rel=1e-5)
-        assert mine["benchmarks"] == other["benchmarks"]

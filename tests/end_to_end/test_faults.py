@@ -1,0 +1,150 @@
+"""What breaks under a run: each fault is done to it, and it ends as the run that nothing disturbed.
+
+The README's table of faults is these tests'.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+from tests.command import Command, Ended, same, wait_for
+from tests.end_to_end.tiny_run import make_tree
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+KILLS = 10
+WORKERS = {"sft": "ray::RayTrainWorker", "influence": "ray::InfluenceActor", "benchmark": "ray::Engine"}
+"""What a stage's processes are called."""
+LATE = 20
+"""Seconds until a dead node's successor comes."""
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return make_tree(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Ended]]:
+    """The report of the run that nothing disturbs."""
+    command = Command(tmp_path_factory.mktemp("whole"), tree)
+    ended = command()
+    assert ended.status == 0, ended.output
+    yield command.report(), ended
+    command.clean()
+
+
+@pytest.fixture
+def command(tmp_path: Path, tree: dict[str, Any]) -> Iterator[Command]:
+    made = Command(tmp_path, tree)
+    yield made
+    made.clean()
+
+
+def at_work(command: Command, kind: str) -> list[psutil.Process]:
+    """A stage's worker processes, once they have written or been at it for a moment."""
+    found = []
+    for process in command.processes():
+        try:
+            if WORKERS[kind] in " ".join(process.cmdline()) and time.time() - process.create_time() > 3:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_driver_killed_ten_times_repeats_no_stage(
+    command: Command, whole: tuple[dict[str, Any], Ended], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At random moments, up to as late as a whole run takes; records never go back."""
+    moments = random.Random(0)
+    before: dict[Path, tuple[int, int]] = {}
+    for _ in range(KILLS):
+        process = command.start()
+        try:
+            process.wait(moments.uniform(0.1, 0.6) * whole[1].seconds)
+        except Exception:  # it runs still
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        assert command.alone(60), command.processes()
+        after = command.records()
+        assert {path: after.get(path) for path in before} == before
+        before = after
+    ended = command()
+    assert ended.status == 0, ended.output
+    after = command.records()
+    assert {path: after[path] for path in before} == before
+    same(command.report(), whole[0])
+    with capsys.disabled():
+        print(f"\n{KILLS} kills left {len(before)} of {len(after)} stages recorded")
+
+
+def test_a_worker_of_each_stage_is_killed(command: Command, whole: tuple[dict[str, Any], Ended]) -> None:
+    """In one run: a worker in the middle of SFT, one of influence, and the engine as it generates."""
+    process = command.start()
+    for kind in WORKERS:
+        wait_for(lambda kind=kind: at_work(command, kind), process)
+        at_work(command, kind)[0].kill()
+    assert process.wait(600) == 0, command.output.read_text()
+    same(command.report(), whole[0])
+
+
+def test_two_drivers_of_one_run_share_its_stages(command: Command, whole: tuple[dict[str, Any], Ended]) -> None:
+    first = command.start()
+    wait_for(lambda: command.records("model"), first)
+    first_output, command.output = command.output, command.output.with_name("second")
+    second = command.start()
+    assert [first.wait(900), second.wait(900)] == [0, 0], first_output.read_text() + command.output.read_text()
+    assert "waiting for it" in command.output.read_text() + first_output.read_text()
+    counts = {kind: len(command.records(kind)) for kind in ("sft", "influence", "benchmark")}
+    assert counts == {"sft": 3, "influence": 2, "benchmark": 3}
+    same(command.report(), whole[0])
+
+
+@pytest.fixture
+def three_nodes(command: Command, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head that computes nothing, and two nodes of one CPU each."""
+    monkeypatch.setenv("RAY_TMPDIR", command.ray)
+    folder = tempfile.mkdtemp(prefix="ray-")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "temp_dir": folder})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    command.environment["RAY_ADDRESS"] = cluster.address
+    yield cluster
+    cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def node_of(cluster: Cluster, process: psutil.Process) -> Any:
+    """The node that a worker process runs on."""
+    for node in cluster.worker_nodes:
+        if any(info.process.pid == process.ppid() for info in node.all_processes["raylet"]):
+            return node
+    return None
+
+
+def test_a_node_dies_in_each_stage_and_another_comes_late(
+    command: Command, three_nodes: Cluster, whole: tuple[dict[str, Any], Ended]
+) -> None:
+    """With all that runs on it. SFT needs both nodes, so the run can't end without those that come."""
+    process = command.start()
+    for kind in WORKERS:
+        wait_for(lambda kind=kind: at_work(command, kind), process)
+        nodes = [node for worker in at_work(command, kind) if (node := node_of(three_nodes, worker))]
+        three_nodes.remove_node(nodes[0] if nodes else next(iter(three_nodes.worker_nodes)), allow_graceful=False)
+        time.sleep(LATE)
+        three_nodes.add_node(num_cpus=1)
+    assert process.wait(900) == 0, command.output.read_text()
+    same(command.report(), whole[0])
