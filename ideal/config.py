@@ -323,6 +323,10 @@ class ResourcesConfig(Section):
     influence_workers: PositiveInt | None = Field(
         None, description="Influence actors. Default: one per GPU, or one per CPU up to 8."
     )
+    benchmark_workers: PositiveInt = Field(1, description="vLLM engines that share the benchmarks.")
+    tensor_parallel: PositiveInt = Field(
+        1, description="GPUs of each vLLM engine, for a model that needs more than one."
+    )
     layer_blocks: PositiveInt | None = Field(
         None, description="Parts the tracked layers are cut in. Default: as few as fit in memory."
     )

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from ideal.config import Config, Section, Source
 from ideal.errors import BadInput
+from ideal.roots import stay_inside
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -53,7 +54,9 @@ def parse(tree: dict[str, Any], where: str, folder: Path) -> Config:
     except ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
         raise BadInput(where, "\n  ".join(problems), "mend the fields above") from None
-    return _absolute(config, folder)
+    absolute = _absolute(config, folder)
+    stay_inside(absolute)
+    return absolute
 
 
 def _absolute(config: Config, folder: Path) -> Config:

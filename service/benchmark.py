@@ -1,11 +1,13 @@
-"""Benchmarks by an actor that keeps one vLLM engine warm and reloads weights for each checkpoint.
+"""Benchmarks by actors that each keep a vLLM engine warm and reload weights for each checkpoint.
 
-On CPU the engine holds no CPU of Ray's while it is idle, or SFT could never have all of them; they are reserved for as
-long as it works. On GPU the engine holds its GPU, and is given back before SFT where SFT needs that GPU too.
+Several engines share the benchmarks out. On CPU an engine holds no CPU of Ray's while it is idle, or SFT could never
+have all of them; they are reserved for as long as it works. On GPU it holds its GPUs, and is given back before SFT
+where SFT needs them too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from ideal.benchmarks.evaluation import evaluate
-from ideal.config import Config
+from ideal.config import BenchmarkConfig, Config
 from service.cluster import Cluster, Reservation
 from service.data import MODEL
 from service.progress import Reporter
@@ -22,20 +24,23 @@ from service.vllm_model import VllmModel, reload, start_engine
 if TYPE_CHECKING:
     from vllm import LLM
 
+UNKNOWN_ITEMS = 1000
+"""Of a benchmark whose config doesn't say how many."""
+
 
 @ray.remote
 class Engine:
     """One vLLM engine; its methods can be repeated."""
 
-    def __init__(self, config: Config, gpu: bool) -> None:
-        self.config, self.gpu = config, gpu
+    def __init__(self, config: Config, gpus: int) -> None:
+        self.config, self.gpus = config, gpus
         self.llm: LLM | None = None
 
     def node(self) -> str:
         """The address of the node it lives on."""
         return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
-    def score(self, model: Path, progress: Reporter) -> dict[str, Any]:
+    def score(self, model: Path, benchmarks: list[BenchmarkConfig], progress: Reporter) -> dict[str, Any]:
         """Scores of the checkpoint by benchmark: metric, value, stderr, items."""
         if self.llm is None:
             progress("starting vLLM", 0, 1)
@@ -44,26 +49,42 @@ class Engine:
                 max_tokens=self.config.model.max_tokens,
                 memory=self.config.resources.vllm_memory,
                 seed=self.config.seed,
-                gpu=self.gpu,
+                gpus=self.gpus,
                 precision=self.config.sft.precision,
             )
         else:
             reload(self.llm, model)
         scores = evaluate(
             VllmModel(self.llm),
-            self.config.benchmarks,
+            benchmarks,
             allow_code_execution=self.config.allow_code_execution,
             progress=progress,
         )
         return {name: asdict(score) for name, score in scores.items()}
 
 
+def dealt(benchmarks: Sequence[BenchmarkConfig], engines: int) -> list[list[BenchmarkConfig]]:
+    """Benchmarks for each engine, as even as their known numbers of items make them; no engine is without."""
+    parts: list[list[BenchmarkConfig]] = [[] for _ in range(min(engines, len(benchmarks)))]
+    loads = [0] * len(parts)
+    for benchmark in sorted(benchmarks, key=_items, reverse=True):
+        lightest = loads.index(min(loads))
+        parts[lightest].append(benchmark)
+        loads[lightest] += _items(benchmark)
+    return parts
+
+
+def _items(benchmark: BenchmarkConfig) -> int:
+    return benchmark.limit or benchmark.size or UNKNOWN_ITEMS
+
+
 class Benchmarks:
-    """The engine, started when it is first needed."""
+    """The engines, started when they are first needed."""
 
     def __init__(self, config: Config, cluster: Cluster) -> None:
         self.config, self.cluster = config, cluster
-        self._engine: Any = None
+        self.parts = dealt(config.benchmarks, cluster.benchmark_workers)
+        self._engines: list[Any] = []
 
     def score(self, folder: Path, *, checkpoint: Path, progress: Reporter) -> dict[str, Any]:
         """Score the checkpoint of an SFT's stage folder.
@@ -71,29 +92,36 @@ class Benchmarks:
         Raises:
             BadInput: no resources in time, or a benchmark that can't be run.
         """
-        threads = self.cluster.sft_cpus
-        if self._engine is None:
-            self._engine = Engine.options(  # type: ignore[attr-defined]
+        threads, gpus = self.cluster.benchmark_cpus, self.cluster.tensor_parallel if self.cluster.gpus else 0
+        if not self._engines:
+            make = Engine.options(  # type: ignore[attr-defined]
                 num_cpus=0,
-                num_gpus=self.cluster.benchmark_gpus,
+                num_gpus=gpus,
                 max_restarts=2,
                 max_task_retries=2,
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}},
-            ).remote(self.config, bool(self.cluster.gpus))
-        node = ray.get(self._engine.node.remote())
-        work = {"CPU": threads, f"node:{node}": 0.001}  # Ray's own resource of that one node
+            )
+            self._engines = [make.remote(self.config, gpus) for _ in self.parts]
+        nodes = ray.get([engine.node.remote() for engine in self._engines])
+        work = [{"CPU": threads, f"node:{node}": 0.001} for node in nodes]  # Ray's own resource of that one node
         try:
-            with Reservation([work], self.config.resources.wait_seconds, "benchmarks"):
-                scores: dict[str, Any] = ray.get(self._engine.score.remote(checkpoint / MODEL, progress))
+            with Reservation(work, self.config.resources.wait_seconds, "benchmarks"):
+                found = ray.get(
+                    [
+                        engine.score.remote(checkpoint / MODEL, part, progress)
+                        for engine, part in zip(self._engines, self.parts, strict=True)
+                    ]
+                )
         except Exception:
             self.release()
             raise
         if not self.cluster.keep_engine:
             self.release()
-        return scores
+        scores = {name: score for part in found for name, score in part.items()}
+        return {benchmark.name: scores[benchmark.name] for benchmark in self.config.benchmarks}
 
     def release(self) -> None:
-        """Stop the engine and give its memory back."""
-        if self._engine is not None:
-            ray.kill(self._engine)
-            self._engine = None
+        """Stop the engines and give their memory back."""
+        for engine in self._engines:
+            ray.kill(engine)
+        self._engines = []

@@ -28,7 +28,8 @@ class Cluster:
     Attributes:
         sft_workers: data-parallel training workers, each with one GPU or ``sft_cpus`` CPUs.
         influence_workers: actors, each with one GPU or one CPU.
-        benchmark_gpus: GPUs of the benchmark engine; 0 on CPU.
+        benchmark_workers: vLLM engines.
+        tensor_parallel: GPUs of each, where there are GPUs.
         shared: by several runs, so that none may hold what it doesn't use.
     """
 
@@ -39,22 +40,31 @@ class Cluster:
     sft_cpus: int
     influence_workers: int
     shared: bool = False
+    benchmark_workers: int = 1
+    tensor_parallel: int = 1
 
     @property
     def benchmark_gpus(self) -> int:
-        return 1 if self.gpus else 0
+        """Of all engines; 0 on CPU."""
+        return self.benchmark_workers * self.tensor_parallel if self.gpus else 0
+
+    @property
+    def benchmark_cpus(self) -> int:
+        """Of one engine, while it works."""
+        return max(1, self.sft_cpus // self.benchmark_workers)
 
     @property
     def together(self) -> bool:
         """Whether influence and benchmarks fit beside each other."""
         if self.gpus:
             return self.gpus >= self.influence_workers + self.benchmark_gpus
-        return self.cpus >= self.influence_workers + self.sft_cpus
+        return self.cpus >= self.influence_workers + self.benchmark_workers * self.benchmark_cpus
 
     @property
     def keep_engine(self) -> bool:
         """Whether the benchmark engine may stay while SFT runs. On CPU it holds no CPU while it is idle."""
-        return not self.gpus or (not self.shared and self.gpus > max(self.sft_workers, self.influence_workers))
+        others = max(self.sft_workers, self.influence_workers)
+        return not self.gpus or (not self.shared and self.gpus >= others + self.benchmark_gpus)
 
     def per_worker(self, cpus: int) -> dict[str, float]:
         """Ray resources of one worker."""
@@ -81,12 +91,22 @@ def share(cpus: int, gpus: int, nodes: int, wanted: ResourcesConfig) -> Cluster:
     slots = gpus or cpus
     workers = wanted.sft_workers or max(1, gpus)
     influence = wanted.influence_workers or (gpus or min(8, cpus))
-    for name, count in (("sft_workers", workers), ("influence_workers", influence)):
+    engines = wanted.benchmark_workers * (wanted.tensor_parallel if gpus else 1)
+    for name, count in (("sft_workers", workers), ("influence_workers", influence), ("benchmark_workers", engines)):
         if count > slots:
             kind = "GPUs" if gpus else "CPUs"
             raise BadInput(f"resources.{name}", f"asks for {count}, the cluster has {slots} {kind}", "lower it")
     sft_cpus = 1 if gpus else max(1, cpus // nodes // workers) if workers <= cpus // nodes else 1
-    return Cluster(cpus, gpus, nodes, workers, sft_cpus, influence)
+    return Cluster(
+        cpus,
+        gpus,
+        nodes,
+        workers,
+        sft_cpus,
+        influence,
+        benchmark_workers=wanted.benchmark_workers,
+        tensor_parallel=wanted.tensor_parallel,
+    )
 
 
 def connect(config: Config) -> Cluster:

@@ -29,7 +29,7 @@ from ideal.solvers import FACTORED, coupled, needs_eigenvectors, needs_factors
 from ideal.sources import rows
 from service import cluster
 from service.influence import by_cost
-from service.plan import GIB, Layers, Plan, Sizes, batch, cut, depth, estimate, units
+from service.plan import GIB, WIDTH, Layers, Plan, Sizes, batch, cut, depth, estimate, units
 
 TOKENS_PER_EXAMPLE = 256
 TRAIN_EXAMPLES, REFERENCE_EXAMPLES = 10_000, 500
@@ -144,7 +144,7 @@ def forecast(
         alone = together = replace(ABSENT_GPU, model=tflops * 1e12 if tflops else ABSENT_GPU.model)
         notes.insert(0, f"assumed, not measured, of each GPU: {alone}, links {alone.link / 1e9:.0f} GB/s")
     found = estimate(config, shapes, machine, memory)
-    taken = seconds(config, sizes, machine, found.layer_blocks, work, alone, together)
+    taken = seconds(config, sizes, machine, found.layer_blocks, work, alone, together, sharded=found.sharded)
     what = f"{machine.gpus} GPUs of {memory / 1e9:.0f} GB" if memory else machine.describe()
     console.print(f"{Path(model or config.model.source).stem}: {sizes.parameters / 1e9:.2f} B parameters on {what}")
     console.print(_table(found, machine, taken))
@@ -215,13 +215,22 @@ def read_work(config: Config, tokens_per_example: int) -> tuple[Work, list[str]]
 
 
 def seconds(
-    config: Config, sizes: Sizes, machine: cluster.Cluster, blocks: int, work: Work, alone: Rates, together: Rates
+    config: Config,
+    sizes: Sizes,
+    machine: cluster.Cluster,
+    blocks: int,
+    work: Work,
+    alone: Rates,
+    together: Rates,
+    sharded: bool = False,
 ) -> Seconds:
     """Time of each stage.
 
     Args:
         alone: rates of an influence actor.
         together: rates of a training worker.
+        sharded: SFT's workers divide the model among themselves: each of their passes moves its weights twice, and
+            its gradients once.
     """
     parts = cut(sizes.tracked, blocks)
     shards = max(1, machine.influence_workers // len(parts))
@@ -230,7 +239,11 @@ def seconds(
     multiplied = examples * work.tokens * 6 * (sizes.body * again + sizes.head)
     steps = math.ceil(examples / config.sft.batch_examples)
     update = sizes.parameters * UPDATE_BYTES / together.memory
-    exchange = 2 * 4 * sizes.parameters / together.link if machine.sft_workers > 1 else 0
+    exchanged = 2 * 4 if machine.sft_workers > 1 else 0
+    if sharded:
+        passes = math.ceil(config.sft.batch_examples * work.tokens / machine.sft_workers / batch(config))
+        exchanged = passes * (2 * WIDTH[config.sft.precision] + 4)
+    exchange = exchanged * sizes.parameters / together.link
     reference = work.reference * work.tokens
     sample = sum(min(config.influence.examples, volume) for volume in work.volumes) * work.tokens
     solver = config.influence.solver

@@ -45,11 +45,17 @@ class Reporter:
 
 
 class Display:
-    """Shows the board's lines while stages run; a context manager."""
+    """Shows the board's lines while stages run; a context manager.
+
+    Attributes:
+        busy: seconds in which a stage ran, or several.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.board: Any = Board.remote()  # type: ignore[attr-defined]
+        self.busy = 0.0
+        self._since = 0.0
         self._active: dict[str, tuple[TaskID | None, float, float]] = {}
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -82,18 +88,22 @@ class Display:
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[str, int, int], None]]:
         """Show a stage for as long as the context lasts; yields its reporter."""
-        started = time.time()
+        started = time.monotonic()
         with self._lock:
             task = self._bars.add_task("starting", total=1, stage=name) if self.console.is_terminal else None
+            if not self._active:
+                self._since = started
             self._active[name] = (task, started, started)
         reporter = Reporter(self.board, name)
         reporter("starting", 0, 1)
         try:
             yield reporter
-            self.console.print(f"[green]✓[/] {name:<18} {time.time() - started:6.1f} s")
+            self.console.print(f"[green]✓[/] {name:<18} {time.monotonic() - started:6.1f} s")
         finally:
             with self._lock:
                 self._active.pop(name)
+                if not self._active:
+                    self.busy += time.monotonic() - self._since
                 if task is not None:
                     self._bars.remove_task(task)
 
@@ -108,8 +118,8 @@ class Display:
                     message, done, total = lines.get(name, ("starting", 0, 1))
                     if task is not None:
                         self._bars.update(task, description=message, completed=done, total=total)
-                    elif time.time() - shown >= LOG_SECONDS:
-                        spent = time.time() - started
+                    elif time.monotonic() - shown >= LOG_SECONDS:
+                        spent = time.monotonic() - started
                         left = f"{spent / done * (total - done):.0f} s left" if done else "starting"
                         self.console.print(f"  {name} {done}/{total} {message} ({spent:.0f} s, {left})")
-                        self._active[name] = (task, started, time.time())
+                        self._active[name] = (task, started, time.monotonic())

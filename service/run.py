@@ -34,11 +34,11 @@ def run(config: Config, console: Console) -> Outcome:
         BadInput: something in it doesn't hold; found before anything is computed, where that can be known.
         StageFailed: a stage broke.
     """
-    started, notice = time.time(), notices(console)
+    started, notice = time.monotonic(), notices(console)
     folder = run_folder(config)
     store = Store(config.root, notice)
     tracker = Tracker(config, run_key(config), folder, notice)
-    outcome = replay(config, notice)
+    outcome, display = replay(config, notice), None
     if outcome.stopped:
         console.print("every stage of this run is recorded: nothing to do")
     else:
@@ -47,7 +47,9 @@ def run(config: Config, console: Console) -> Outcome:
     path = report.write(folder, config, outcome)
     tracker.write(outcome)
     console.print(report.table(outcome))
-    console.print(f"Ended after {time.time() - started:.0f} s: {outcome.stopped}.")
+    seconds = time.monotonic() - started
+    outside = f", {seconds - display.busy:.0f} s of them outside stages" if display else ""
+    console.print(f"Ended after {seconds:.0f} s{outside}: {outcome.stopped}.")
     console.print(f"Report: {path}", soft_wrap=True)
     console.print(f"MLflow: {mlflow_command(config)}", soft_wrap=True)
     return outcome

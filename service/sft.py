@@ -111,15 +111,15 @@ def _worker(task: dict[str, Any]) -> None:
             trainer.load_state(Path(saved))
             logs = json.loads((Path(saved) / "steps.json").read_text())
     total = len(plan(volumes, config, task["seed"]))
-    started = time.time()
+    started = time.monotonic()
     for log in train(trainer, pools, volumes, task["seed"], task["averaged"]):
-        logs.append({**asdict(log), "seconds": round(time.time() - started, 4)})
-        started = time.time()
+        logs.append({**asdict(log), "seconds": round(time.monotonic() - started, 4)})
+        started = time.monotonic()
         if rank == 0:
             task["progress"](f"loss {log.loss:.3f}", log.step + 1, total)
         if (log.step + 1) % resources.checkpoint_steps == 0 and log.step + 1 < total:
             _checkpoint(trainer, logs, rank)
-            started = time.time()
+            started = time.monotonic()
     if rank == 0 or task["sharded"]:
         trainer.save_model(task["folder"] / MODEL)
         trainer.save_damping(task["folder"])

@@ -121,7 +121,7 @@ class Store:
             if found:
                 return found
             _clear(folder)
-            started = time.time()
+            started = time.monotonic()
             result = work(folder)
             self._write(stage, folder, result, started)
         except OSError as error:
@@ -164,7 +164,7 @@ class Store:
             "inputs": dict(stage.inputs),
             "result": result,
             "files": files,
-            "seconds": round(time.time() - started, 3),
+            "seconds": round(time.monotonic() - started, 3),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "made_by": {
                 "version": version("ideal-mixture"),

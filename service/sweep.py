@@ -116,7 +116,7 @@ def run_trials(trials: list[Trial], console: Console, *, concurrent: int, stop_b
         BadInput: something in a config or the data doesn't hold.
         StageFailed: a trial broke; the others ended.
     """
-    started, key = time.time(), sweep_key(trials)
+    started, key = time.monotonic(), sweep_key(trials)
     trackers = {trial.label: tracker_of(trial, key, console) for trial in trials}
     before = [replay(trial.config, lambda _: None) for trial in trials]
     recorded = {record.folder for outcome in before for record in outcome.records if record}
@@ -139,7 +139,7 @@ def run_trials(trials: list[Trial], console: Console, *, concurrent: int, stop_b
             f"{len(failed)} of {len(trials)} trials failed: {'; '.join(failed)}\n"
             "  → their errors are above; the same command runs what is missing"
         )
-    return Findings(trials, outcomes, time.time() - started, recorded)
+    return Findings(trials, outcomes, time.monotonic() - started, recorded)
 
 
 def sweep_key(trials: list[Trial]) -> str:

@@ -18,10 +18,12 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 import requests
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from sqlalchemy.exc import SQLAlchemyError
 
 from ideal.config import Config
 from service import report
@@ -38,8 +40,14 @@ def uri_of(config: Config) -> str:
     return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{config.root / 'mlflow.db'}"
 
 
+PATIENCE = 60
+"""Seconds that a driver waits for another's turn; then it goes on, and writes the next time."""
+
+
 class Tracker:
     """Writes an optimisation to MLflow as it happens.
+
+    One driver at a time: two would make the database, or one run, twice.
 
     Args:
         key: the optimisation's fingerprint.
@@ -80,10 +88,11 @@ class Tracker:
 
     def _attempt(self, write: Callable[[], None]) -> bool:
         try:
-            self.client = MlflowClient(self.uri)
-            self.experiment = self._experiment()
-            write()
-        except (MlflowException, requests.RequestException, OSError) as error:
+            with FileLock(self.config.root / "locks" / "mlflow.lock", timeout=PATIENCE):
+                self.client = MlflowClient(self.uri)
+                self.experiment = self._experiment()
+                write()
+        except (MlflowException, SQLAlchemyError, requests.RequestException, OSError) as error:
             if not self.behind:
                 self.notice(
                     f"MLflow at {self.uri} can't be written ({str(error).splitlines()[0][:200]}); the run goes on. "

@@ -46,7 +46,7 @@ def start_engine(
     max_tokens: int,
     memory: float,
     seed: int,
-    gpu: bool,
+    gpus: int,
     precision: Literal["bf16", "fp32"] = "bf16",
 ) -> LLM:
     """Start an engine in this process. It keeps `OMP_NUM_THREADS` threads busy on a CPU.
@@ -56,7 +56,7 @@ def start_engine(
         max_tokens: longest prompt and answer together, in tokens; at most what the model was made for.
         memory: share of the GPU, or GiB of key-value cache on a CPU; 0 takes 0.85 or 1.
         seed: of sampling, for tasks that ask for it.
-        gpu: on a GPU, else on the CPU.
+        gpus: that the model is divided among; 0: on the CPU.
         precision: of weights and arithmetic.
 
     Raises:
@@ -78,13 +78,14 @@ def start_engine(
             model=str(folder),
             dtype="bfloat16" if precision == "bf16" else "float32",
             max_model_len=min(max_tokens, longest),
-            enforce_eager=not gpu,
+            enforce_eager=not gpus,
+            tensor_parallel_size=max(1, gpus),
             seed=seed,
             disable_log_stats=True,
             additional_config={"tensors": _tensors(folder)},
             **(
                 {"gpu_memory_utilization": memory or GPU_SHARE}
-                if gpu
+                if gpus
                 else {"kv_cache_memory_bytes": int((memory or CPU_CACHE_GIB) * 2**30)}
             ),
         )
@@ -112,7 +113,8 @@ def reload(llm: LLM, folder: Path) -> None:
             "score checkpoints of one base model with one engine",
         )
     llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-    llm.apply_model(_repack_head)
+    if llm.llm_engine.vllm_config.device_config.device_type == "cpu":
+        llm.apply_model(_repack_head)
     if not llm.reset_prefix_cache():
         raise RuntimeError("vLLM didn't drop its prefix cache: requests are still running")
 

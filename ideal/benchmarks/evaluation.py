@@ -58,13 +58,13 @@ def evaluate(
     Raises:
         BadInput: a task that can't be loaded or isn't allowed, or that has no such metric.
     """
-    random.seed(SEED)
-    np.random.seed(SEED)
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval's bootstrap would fork a process that holds an engine
     loaded = tasks.load(benchmarks, allow_code_execution=allow_code_execution)
     scores = {}
     for benchmark in benchmarks:
         progress(benchmark.name, 0, 0)
+        random.seed(SEED)  # for each, so that which others are scored here changes nothing
+        np.random.seed(SEED)
         if isinstance(model, Reporting):
             model.progress = lambda done, total, name=benchmark.name: progress(name, done, total)
         results = evaluator.evaluate(

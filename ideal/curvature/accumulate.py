@@ -177,8 +177,8 @@ def sample_labels(logits: torch.Tensor, batch: Batch, keys: Sequence[int], set_n
             for key, count in zip(keys, counts, strict=True)
         ]
     ).to(logits.device)
-    drawn = [_drawn(*part) for part in zip(logits.split(DRAWN_AT_ONCE), uniform.split(DRAWN_AT_ONCE), strict=True)]
-    return torch.cat(drawn).clamp(max=logits.shape[-1] - 1)
+    parts = zip(torch.split(logits, DRAWN_AT_ONCE), torch.split(uniform, DRAWN_AT_ONCE), strict=True)
+    return torch.cat([_drawn(*part) for part in parts]).clamp(max=logits.shape[-1] - 1)
 
 
 def _drawn(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

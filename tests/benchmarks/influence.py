@@ -406,7 +406,7 @@ def main() -> None:
         few = replace(setting, layers=SMALL)
         if arguments.domains:
             counts = [int(n) for n in arguments.domains.split(",")]
-            more = replace(few, train=2 * few.train, reference=2 * few.reference)  # enough for sixteen
+            more = replace(few, train=4 * few.train, reference=4 * few.reference)  # enough for sixteen
             results["domains"] = scale("domains", {str(n): replace(more, dealt=n) for n in counts})
         if arguments.tokens:
             sizes = [2**n for n in range(arguments.tokens + 1)]

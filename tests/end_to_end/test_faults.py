@@ -68,13 +68,13 @@ def at_work(command: Command, kind: str) -> list[psutil.Process]:
 def test_a_driver_killed_ten_times_repeats_no_stage(
     command: Command, whole: tuple[dict[str, Any], Ended], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At random moments, up to as late as a whole run takes; records never go back."""
+    """At random moments, which every start puts further into the run; records never go back."""
     moments = random.Random(0)
     before: dict[Path, tuple[int, int]] = {}
     for _ in range(KILLS):
         process = command.start()
         try:
-            process.wait(moments.uniform(0.1, 0.6) * whole[1].seconds)
+            process.wait(moments.uniform(0.05, 0.4) * whole[1].seconds)
         except Exception:  # it runs still
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()

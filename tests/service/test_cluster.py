@@ -75,6 +75,9 @@ def test_more_than_there_is_names_the_field_and_what_there_is(field: str, wanted
         (shared(8, 2, influence_workers=1), True),
         (shared(8, 2), False),
         (shared(8, 1), False),
+        (shared(8, 4, influence_workers=2, benchmark_workers=2), True),
+        (shared(8, 4, influence_workers=2, benchmark_workers=2, tensor_parallel=2), False),
+        (shared(4, influence_workers=2, sft_workers=1, benchmark_workers=2), False),  # two engines of two threads
     ],
 )
 def test_influence_and_benchmarks_run_together_where_both_fit(cluster: Cluster, together: bool) -> None:
@@ -89,6 +92,8 @@ def test_influence_and_benchmarks_run_together_where_both_fit(cluster: Cluster, 
         (shared(8, 2), False),
         (shared(8, 2, sft_workers=1, influence_workers=1), True),
         (shared(8, 2, sft_workers=1, influence_workers=2), False),
+        (shared(8, 4, sft_workers=2, influence_workers=2, tensor_parallel=2), True),
+        (shared(8, 4, sft_workers=3, influence_workers=2, benchmark_workers=2), False),
     ],
 )
 def test_the_engine_stays_where_no_other_stage_needs_its_gpu(cluster: Cluster, keep: bool) -> None:

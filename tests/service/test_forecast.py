@@ -87,8 +87,9 @@ def test_time_follows_the_work_and_the_machine(paper: Config, sizes: Sizes) -> N
         config = paper.model_copy(update={"influence": paper.influence.model_copy(update=settings)})
         work = replace(WORK, tokens=changes.pop("tokens", 256))  # type: ignore[arg-type]
         blocks = changes.pop("blocks", 1)
+        sharded = bool(changes.pop("sharded", False))
         rates = replace(ABSENT_GPU, **changes)  # type: ignore[arg-type]
-        return vars(seconds(config, sizes, EIGHT, blocks, work, rates, rates))  # type: ignore[arg-type]
+        return vars(seconds(config, sizes, EIGHT, blocks, work, rates, rates, sharded))  # type: ignore[arg-type]
 
     once, longer, slower, cut = taken(), taken(tokens=512), taken(inverse=1e12), taken(blocks=4)
     assert longer["reference"] == pytest.approx(2 * once["reference"])
@@ -99,6 +100,9 @@ def test_time_follows_the_work_and_the_machine(paper: Config, sizes: Sizes) -> N
     assert 0.5 * once["influence_pass"] < taken(positions=4)["influence_pass"] < 0.95 * once["influence_pass"]
     assert once["influence_pass"] < cut["influence_pass"] < 4 * once["influence_pass"]  # fewer shards, fewer layers
     assert once["reference"] == pytest.approx(400 * 256 * 2 * 1_235_748_864 / 400e12, rel=1e-3)
+
+    assert taken(sharded=True, link=1e30)["sft"] == pytest.approx(taken(link=1e30)["sft"])
+    assert taken(sharded=True, link=1e9)["sft"] >= taken(link=1e9)["sft"]
 
     together, longer = taken(joint=True), taken(joint=True, tokens=512)
     assert together["influence_pass"] == once["influence_pass"]

@@ -299,6 +299,18 @@ def test_a_full_disk_is_the_storages(store: Store, code: int) -> None:
     assert store.find(STAGE) is None
 
 
+def test_a_clock_that_jumps_changes_neither_seconds_nor_what_is_recorded(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def jumps(folder: Path) -> dict[str, Any]:
+        monkeypatch.setattr("time.time", lambda: 0.0)
+        return {"value": 1}
+
+    done = store.run(STAGE, jumps)
+    assert 0 <= done.seconds < 5
+    assert not store.run(STAGE, jumps).fresh
+
+
 def test_other_errors_of_files_are_not_the_storages(store: Store) -> None:
     def fails(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError("reference")

@@ -1,0 +1,47 @@
+"""Benchmarks shared out to several engines give what one gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ideal.config import BenchmarkConfig, Config
+from service.benchmark import Benchmarks, dealt
+from service.cluster import Cluster
+
+SIZES = {"a": 6, "b": 3, "c": 2}
+
+
+def benchmark(name: str, size: int, **more: Any) -> BenchmarkConfig:
+    return BenchmarkConfig(
+        name=name, reasoning_gym="chain_sum", size=size, seed=size, options={"min_terms": 2}, max_new_tokens=4, **more
+    )
+
+
+def test_every_benchmark_goes_to_one_engine_and_none_is_idle() -> None:
+    all_three = [benchmark(name, size) for name, size in SIZES.items()]
+    assert [[b.name for b in part] for part in dealt(all_three, 2)] == [["a"], ["b", "c"]]
+    assert [[b.name for b in part] for part in dealt(all_three, 9)] == [["a"], ["b"], ["c"]]
+    assert dealt([benchmark("a", 9, limit=1), *all_three[1:]], 2)[0][0].name == "b", "a limit counts"
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_two_engines_score_as_one(config: Config, base: Path, tmp_path: Path) -> None:
+    update = {
+        "benchmarks": [benchmark(name, size) for name, size in SIZES.items()],
+        "resources": config.resources.model_copy(update={"vllm_memory": 0.125}),
+    }
+    config = config.model_copy(update=update)
+    found = []
+    for engines in (1, 2):
+        cluster = Cluster(2, 0, 1, sft_workers=1, sft_cpus=2, influence_workers=1, benchmark_workers=engines)
+        made = Benchmarks(config, cluster)
+        try:
+            found.append(made.score(tmp_path, checkpoint=base, progress=lambda *_: None))  # type: ignore[arg-type]
+        finally:
+            made.release()
+    assert found[0] == found[1]
+    assert list(found[1]) == list(SIZES)
+    assert {name: score["items"] for name, score in found[1].items()} == SIZES
