@@ -7,7 +7,7 @@ Each worker at its fullest; V is the vocabulary, T a forward pass's supervised t
   all that is fp32; besides, in w, two layers' weights and the vocabulary's, gathered; the gradient of what is largest
   of them, in w and in fp32 as it is summed. Without a GPU each worker first reads the whole model where it trains.
 - Influence's pass: parameters in w; the layers' factors and one block's gradient in fp32; activations above the lowest
-  tracked layer; two sets of output gradients; logits, and in fp64 the distribution that labels are drawn from (28 T V).
+  tracked layer; two sets of output gradients; logits and what two backward passes make of them in fp32 (20 T V).
 - Influence's solve: all sets' gradients of one layer, three times; with `kfac` and `ekfac` one inverse or
   eigen-decomposition in fp64. `joint` then takes sets' solutions of all layers through forward passes with tangents,
   in w, as many at a time as are twice the model, and keeps the logits' tangents, half the model; `exact` holds all
@@ -49,8 +49,8 @@ WIDTH = {"bf16": 2, "fp32": 4}
 TRAINED_LOGIT = 12
 """Bytes of each logit as SFT's backward pass begins: log-softmax and two gradients in fp32."""
 
-SAMPLED_LOGIT = 28
-"""Bytes of each logit as labels are drawn: logits, log-softmax and the last batch's in fp32, two copies in fp64."""
+SAMPLED_LOGIT = 20
+"""Bytes of each logit with labels drawn: logits, two log-softmaxes and a gradient in fp32, and the last batch's."""
 
 PLAIN_LOGIT = 16
 """Bytes of each logit in a pass that draws no labels: as in SFT, and the logits themselves."""
@@ -131,7 +131,7 @@ class Plan:
     """Bytes and counts; see the module's docstring for what is in them.
 
     Attributes:
-        layer_blocks: the config's, or the fewest that fit, or one for each worker where none do.
+        layer_blocks: the config's, or about the fewest that fit (``filling``), or one for each worker where none do.
         sharded: whether SFT is divided among its workers, because the config says so or one can't hold it all.
         sft: of one SFT worker.
         sft_available: what one has.
@@ -232,7 +232,9 @@ def estimate(
     for_sft = int(USABLE * (device_memory or worker_memory(cluster, cluster.sft_workers)))
     counts = range(1, len(sizes.tracked) + 1)
     fitting = (n for n in counts if pass_memory(config, sizes, n, supervised) <= available)
-    blocks = config.resources.layer_blocks or next(fitting, cluster.influence_workers)
+    blocks = config.resources.layer_blocks or filling(
+        next(fitting, cluster.influence_workers), cluster.influence_workers
+    )
     if config.influence.solver == "exact":
         blocks = 1
     blocks = min(blocks, len(sizes.tracked))
@@ -273,6 +275,11 @@ def layer_blocks(config: Config, model: Path, cluster: Cluster) -> int:
 def shards_training(config: Config, model: Path, cluster: Cluster) -> bool:
     """Whether SFT of a model folder is divided among its workers."""
     return estimate(config, AutoConfig.from_pretrained(model), cluster).sharded
+
+
+def filling(blocks: int, workers: int) -> int:
+    """The most layer blocks that leave each as many workers as this many: no worker is idle that could take one."""
+    return workers // (workers // blocks) if blocks <= workers else blocks
 
 
 def worker_memory(cluster: Cluster, workers: int) -> int:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,14 +115,13 @@ def test_two_drivers_of_one_run_share_its_stages(command: Command, whole: tuple[
 def three_nodes(command: Command, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head that computes nothing, and two nodes of one CPU each."""
     monkeypatch.setenv("RAY_TMPDIR", command.ray)
-    folder = tempfile.mkdtemp(prefix="ray-")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "temp_dir": folder})
+    (Path(command.ray) / "ray").mkdir()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for _ in range(2):
         cluster.add_node(num_cpus=1)
     command.environment["RAY_ADDRESS"] = cluster.address
     yield cluster
     cluster.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def node_of(cluster: Cluster, process: psutil.Process) -> Any:

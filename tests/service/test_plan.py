@@ -26,7 +26,7 @@ from ideal.examples import ExampleSet
 from ideal.training import DAMPING
 from service.cluster import Cluster
 from service.data import MODEL, reference_file, train_file
-from service.plan import GIB, Plan, estimate, layer_blocks, plan
+from service.plan import GIB, Plan, estimate, filling, layer_blocks, plan
 from tests.service.conftest import tree
 
 CLUSTER = Cluster(cpus=2, gpus=0, nodes=1, sft_workers=1, sft_cpus=2, influence_workers=2)
@@ -78,6 +78,11 @@ def test_less_memory_means_more_layer_blocks(config: Config) -> None:
     assert counts[0] == 1
     assert counts == sorted(counts)
     assert counts[-1] > counts[1] > 1
+
+
+@pytest.mark.parametrize(("fewest", "taken"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8), (9, 9)])
+def test_no_worker_is_idle_that_could_take_a_layer_block(fewest: int, taken: int) -> None:
+    assert filling(fewest, 8) == taken
 
 
 def test_sft_has_the_memory_of_its_own_workers(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
