@@ -165,13 +165,10 @@ class ShardedTrainer:
 
     def save_model(self, folder: Path) -> None:
         """The trained model in the transformers format, in the run's precision, by the first worker."""
-        whole = {
-            n: w
-            for n, p in self.weights.items()
-            if (w := self._whole(p.detach(), DTYPES[self.config.precision])) is not None
-        }
-        if whole:
-            self.loss.model.save_pretrained(folder, state_dict=whole)  # type: ignore[operator]
+        dtype = DTYPES[self.config.precision]
+        found = {name: self._whole(parameter.detach(), dtype) for name, parameter in self.weights.items()}
+        if self.rank == 0:
+            self.loss.model.save_pretrained(folder, state_dict=found)  # type: ignore[operator]
 
     @torch.no_grad()
     def save_average(self, folder: Path) -> None:

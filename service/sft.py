@@ -75,7 +75,7 @@ def sft(
         ),
         torch_config=TorchConfig(backend="nccl" if cluster.gpus else "gloo"),
         run_config=RunConfig(
-            name="sft",
+            name="sft-sharded" if sharded else "sft",  # neither goes on from the other's checkpoint
             storage_path=str(folder / WORK),
             failure_config=FailureConfig(max_failures=2),
             checkpoint_config=CheckpointConfig(num_to_keep=1),

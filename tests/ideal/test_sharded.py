@@ -37,7 +37,7 @@ def worker(rank: int, world: int, folder: Path, base: Path, stops: int, starts: 
     logs = list(islice(train(trainer, POOLS, VOLUMES, 3, AVERAGED), stops))
     trainer.save_state(folder)
     trainer.save_damping(folder)
-    trainer.save_model(folder / "model")
+    trainer.save_model(folder / ("model" if rank == 0 else "nothing"))
     trainer.save_average(folder / AVERAGE) if trainer.snapshots else None
     if rank == 0:
         held = sum(p.to_local().numel() for p in trainer.weights.values())  # type: ignore[operator]
@@ -99,6 +99,7 @@ def test_two_workers_train_what_one_does(whole: tuple[Trainer, list[float], Path
     _, right, folder = whole
     assert len(plan(VOLUMES, FP32, 3)[-1].picks) == 1
     assert losses(divided) == pytest.approx(right, rel=1e-5)
+    assert not (divided / "nothing").exists(), "the first worker alone writes"
     for kind in ("model", AVERAGE):
         torch.testing.assert_close(weights(divided / kind), weights(folder / kind), rtol=0, atol=3e-5)
     assert torch.dist(weights(folder / AVERAGE), weights(folder / "model")) > 1e-3
