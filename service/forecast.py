@@ -42,7 +42,7 @@ EIGEN = 10
 """Multiplications of one eigen-decomposition, in d³."""
 
 SYMMETRIC = 5 / 8
-"""Of a factor's products are computed."""
+"""Share of a factor's products that is computed."""
 
 INVERSE = 1
 """And of one inverse by Cholesky's."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,7 @@ def command(tmp_path: Path, tree: dict[str, Any]) -> Iterator[Command]:
 
 
 def at_work(command: Command, kind: str) -> list[psutil.Process]:
-    """A stage's worker processes, once they have written or been at it for a moment."""
+    """A stage's worker processes that have been there for a moment."""
     found = []
     for process in command.processes():
         try:
@@ -73,7 +74,7 @@ def test_a_driver_killed_ten_times_repeats_no_stage(
         process = command.start()
         try:
             process.wait(moments.uniform(0.05, 0.4) * whole[1].seconds)
-        except Exception:  # it runs still
+        except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         assert command.alone(60), command.processes()
