@@ -8,7 +8,8 @@ grows by from before it loads the model (so the model's own 0.5 GB is in it).
 
 - `plain`: one forward and backward pass with all weights' gradients. Only supervised positions pass through the head,
   which makes it the smaller of two possible yardsticks; `plain, all logits` is the other.
-- `kfac`, `ekfac`, `joint`, `exact`: one actor of the service with all of this process's threads, its files included.
+- `kfac`, `ekfac`, `joint`, `exact`: one actor of the service with all of this process's threads, its files and its
+  loading of the model included.
   *some positions*: factors of twice their width of positions. *eigenvectors*: λ added to the product of A and S, which
   is what kronfluence does. `joint` (the default: layers combined) and `exact` (``--exact``) are damped by a made-up
   constant Λ in place of the optimiser's; the examples that they see the curvature on are a fixed number.
@@ -164,7 +165,9 @@ def measured(part: str, setting: Setting) -> dict[str, Any]:
     elif part.startswith("kronfluence"):
         matrix = kronfluence(part.split()[1], model, layers, blocks, domains, setting)
     else:
-        matrix, passed = ours(part, model, layers, blocks, domains, setting)
+        shapes = {layer: model.get_parameter(f"{layer}.weight").shape for layer in layers}
+        del model  # the actor loads its own
+        matrix, passed = ours(part, shapes, blocks, domains, setting)
     return {
         "pass_seconds": passed,
         "seconds": time.perf_counter() - started,
@@ -190,7 +193,7 @@ def plain(model: nn.Module, blocks: list[Block], setting: Setting, whole: bool) 
 
 
 def ours(
-    part: str, model: nn.Module, layers: list[str], blocks: list[Block], domains: int, setting: Setting
+    part: str, shapes: dict[str, torch.Size], blocks: list[Block], domains: int, setting: Setting
 ) -> tuple[Array, float]:
     """The matrix, and the seconds of the (first) pass alone: what grows with the tokens."""
     settings = InfluenceConfig.model_validate({**OURS[part], "blocks": setting.blocks, "precision": "fp32"})
@@ -199,9 +202,8 @@ def ours(
     config = config.model_copy(update={"influence": settings, "resources": resources, "seed": setting.seed})
     checkpoint, threads = Path(setting.folder) / MODEL, torch.get_num_threads()
     if settings.solver == "exact" or settings.joint:
-        shapes = {layer: model.get_parameter(f"{layer}.weight").shape for layer in layers}
         save_file({f"{x}.weight": torch.full(s, MADE_UP) for x, s in shapes.items()}, checkpoint.parent / DAMPING)
-    del model  # the actor loads its own
+    layers = list(shapes)
     make = InfluenceActor.__ray_metadata__.modified_class
     with tempfile.TemporaryDirectory(dir=setting.folder) as work:
         actor = make(checkpoint, Given(blocks, domains), layers, Path(work) / "layers-0", config)
