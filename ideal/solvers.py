@@ -281,11 +281,12 @@ def layer_inverse(
     group, dtype = input_group(layer), sums.s[layer].dtype
     a, s = sums.a[group] / sums.positions, sums.s[layer] / sums.positions
     try:
-        if settings.damping != "schedule":
-            damping = settings.damping
-        elif own is not None:
+        if settings.damping == "schedule":
+            assert own is not None, "the schedule's damping is the optimiser's"
             mean = sums.positions * float(a.diagonal().mean() * s.diagonal().mean())
             damping = layer_damping(own) / mean if mean else 0.0
+        else:
+            damping = settings.damping
         if (group, damping) not in known:
             known.clear()
             known[group, damping] = inverse(a, damping)
