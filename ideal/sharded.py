@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from ideal.batches import Batch, Item, batches, by_length, length
 from ideal.config import SftConfig
 from ideal.model import DTYPES, decoder, load_model, summed_loss, supervised_logits
-from ideal.training import DAMPING, Log, Step, optimizer_of, stiffness
+from ideal.training import DAMPING, Log, Step, optimizer_of, stiffness, update
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -100,11 +100,7 @@ class ShardedTrainer:
             parameter.grad /= targets
         norm = nn.utils.clip_grad_norm_(self.weights.values(), self.config.clip_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"SFT: the gradient of step {step.number} isn't finite; lower sft.learning_rate")
-        for group in self.optimizer.param_groups:
-            group["lr"] = step.rate
-        self.optimizer.step()
+        update(self.optimizer, step, norm)
         self.optimizer.zero_grad()
         self.next_step = step.number + 1
         self.rates += step.rate

@@ -149,11 +149,7 @@ class Trainer:
         for gradient in gradients:
             gradient /= targets
         norm = nn.utils.clip_grad_norm_([self.matrices.master, self.vectors.master], self.config.clip_norm)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"SFT: the gradient of step {step.number} isn't finite; lower sft.learning_rate")
-        for group in self.optimizer.param_groups:
-            group["lr"] = step.rate
-        self.optimizer.step()
+        update(self.optimizer, step, norm)
         for flat in (self.matrices, self.vectors):
             flat.gradient.zero_()
             flat.write_back()
@@ -231,6 +227,19 @@ def optimizer_of(matrices: list[nn.Parameter], vectors: list[nn.Parameter], conf
         betas=(config.beta1, config.beta2),
         fused=True,
     )
+
+
+def update(optimizer: torch.optim.AdamW, step: Step, norm: torch.Tensor) -> None:
+    """Move the weights along the gradients that are there, at the step's rate.
+
+    Raises:
+        FloatingPointError: the gradient's norm isn't finite; the weights are as before.
+    """
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"SFT: the gradient of step {step.number} isn't finite; lower sft.learning_rate")
+    for group in optimizer.param_groups:
+        group["lr"] = step.rate
+    optimizer.step()
 
 
 def stiffness(state: Mapping[str, torch.Tensor], group: Mapping[str, Any], rates: float) -> torch.Tensor:

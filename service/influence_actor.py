@@ -248,11 +248,11 @@ class InfluenceActor:
             return Diagonal(self._own(layer))
         if settings.solver not in FACTORED:
             return Plain()
-        sums = self._factors([layer], shards)
+        refine = settings.solver == "ekfac"
+        sums = self._factors([] if refine else [layer], shards)
         own = self._own(layer) if settings.damping == "schedule" else None
         if not needs_eigenvectors(settings.solver, settings):
             return layer_inverse(sums, layer, settings, own, inverses)
-        refine = settings.solver == "ekfac"
         a, s = self._recorded(layer) if refine else layer_bases(sums, layer, bases)
         refined = self._total("squares", layer, shards) if refine else None
         return layer_curvature(layer, a, s, sums.positions, settings, own, refined, torch.float32)
