@@ -98,7 +98,7 @@ class Benchmarks:
                 num_cpus=0,
                 num_gpus=gpus,
                 max_restarts=2,
-                max_task_retries=2,
+                max_task_retries=-1,  # a lost node costs several at once; `max_restarts` is the limit
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}},
             )
             self._engines = [make.remote(self.config, gpus) for _ in self.parts]

@@ -6,8 +6,8 @@ import errno
 from pathlib import Path
 
 import ray
-from ray.exceptions import RayTaskError
-from ray.train import WorkerGroupError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+from ray.train import ControllerError, WorkerGroupError
 
 from ideal.errors import BadInput
 from service.stages import Stage
@@ -32,10 +32,26 @@ def explain(error: Exception, stage: Stage, name: str) -> Exception:
     )
 
 
+def lost(error: Exception) -> bool:
+    """Whether a stage lost what it ran on, an actor, a node or an object, so that another try may end well.
+
+    Of training workers Ray Train has tried again by itself; memory that was too small once will be again.
+    """
+    cause = root_cause(error)
+    return (
+        isinstance(cause, RayError)
+        and not isinstance(cause, RayTaskError | OutOfMemoryError)
+        and not isinstance(error, WorkerGroupError)
+        and not getattr(cause, "actor_init_failed", False)
+    )
+
+
 def root_cause(error: BaseException) -> BaseException:
     """The error that a worker raised, out of what Ray wrapped around it."""
     if isinstance(error, RayTaskError) and error.cause is not None and error.cause is not error:
         return root_cause(error.cause)
+    if isinstance(error, ControllerError):
+        return root_cause(error.controller_failure)
     if isinstance(error, WorkerGroupError) and error.worker_failures:
         return root_cause(next(iter(error.worker_failures.values())))
     return error

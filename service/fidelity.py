@@ -112,8 +112,8 @@ class Fidelity(Study):
             make = Retrainer.options(  # type: ignore[attr-defined]
                 num_cpus=bundle["CPU"],
                 num_gpus=bundle.get("GPU", 0),
-                max_restarts=-1,
-                max_task_retries=3,
+                max_restarts=10,
+                max_task_retries=-1,  # a lost node costs several at once; `max_restarts` is the limit
                 scheduling_strategy=PlacementGroupSchedulingStrategy(reserved),
             )
             free: Queue[Any] = Queue()

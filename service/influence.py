@@ -79,7 +79,7 @@ def influence(
             num_cpus=bundle["CPU"],
             num_gpus=bundle.get("GPU", 0),
             max_restarts=2,
-            max_task_retries=2,
+            max_task_retries=-1,  # a lost node costs several at once; `max_restarts` is the limit
             scheduling_strategy=PlacementGroupSchedulingStrategy(reserved),
         )
         actors = [

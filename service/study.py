@@ -9,9 +9,12 @@ from typing import Any
 from ideal.config import Config
 from service import data
 from service.cluster import Cluster
-from service.failures import explain
+from service.failures import explain, lost, root_cause
 from service.progress import Display
 from service.stages import Record, Stage, Store, Unfinished
+
+ATTEMPTS = 3
+"""At a stage whose node, actors or objects are lost."""
 
 
 class Study:
@@ -44,7 +47,9 @@ class Study:
             lambda folder, progress: data.data(folder, model=self.base.folder, config=self.config, progress=progress),
         )
 
-    def stage(self, stage: Stage, name: str, work: Callable[[Path, Any], dict[str, Any]]) -> Record:
+    def stage(
+        self, stage: Stage, name: str, work: Callable[[Path, Any], dict[str, Any]], attempts: int = ATTEMPTS
+    ) -> Record:
         """The stage's record, with a progress line while it runs.
 
         Raises:
@@ -60,4 +65,7 @@ class Study:
         except Unfinished:
             raise
         except Exception as error:
-            raise explain(error, stage, name) from error
+            if attempts == 1 or not lost(error):
+                raise explain(error, stage, name) from error
+            self.store.notice(f"{name} lost what it ran on ({type(root_cause(error)).__name__}); it runs again")
+        return self.stage(stage, name, work, attempts - 1)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,14 @@ class Command:
             time.sleep(0.2)
         return True
 
+    def wait_for(self, found: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = 300) -> None:
+        """Wait until something is there that a running command makes."""
+        deadline = time.time() + seconds
+        while not found():
+            assert process.poll() is None, f"it ended too early:\n{self.output.read_text()}"
+            assert time.time() < deadline, f"it doesn't come:\n{self.output.read_text()}"
+            time.sleep(0.05)
+
     def clean(self) -> None:
         for process in self.processes():
             process.kill()
@@ -88,15 +97,6 @@ class Command:
         (path,) = (self.storage / "runs").glob("*/report.json")
         found: dict[str, Any] = json.loads(path.read_text())
         return found
-
-
-def wait_for(found: Any, process: subprocess.Popen[bytes], seconds: float = 300) -> None:
-    """Wait until something is there that a running command makes."""
-    deadline = time.time() + seconds
-    while not found():
-        assert process.poll() is None, "it ended too early"
-        assert time.time() < deadline, "it doesn't come"
-        time.sleep(0.05)
 
 
 def same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.command import Command, Ended, same, wait_for
+from tests.command import Command, Ended, same
 from tests.end_to_end.tiny_run import make_tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -94,7 +94,7 @@ def test_a_worker_of_each_stage_is_killed(command: Command, whole: tuple[dict[st
     """In one run: a worker in the middle of SFT, one of influence, and the engine as it generates."""
     process = command.start()
     for kind in WORKERS:
-        wait_for(lambda kind=kind: at_work(command, kind), process)
+        command.wait_for(lambda kind=kind: at_work(command, kind), process)
         at_work(command, kind)[0].kill()
     assert process.wait(600) == 0, command.output.read_text()
     same(command.report(), whole[0])
@@ -102,7 +102,7 @@ def test_a_worker_of_each_stage_is_killed(command: Command, whole: tuple[dict[st
 
 def test_two_drivers_of_one_run_share_its_stages(command: Command, whole: tuple[dict[str, Any], Ended]) -> None:
     first = command.start()
-    wait_for(lambda: command.records("model"), first)
+    command.wait_for(lambda: command.records("model"), first)
     first_output, command.output = command.output, command.output.with_name("second")
     second = command.start()
     assert [first.wait(900), second.wait(900)] == [0, 0], first_output.read_text() + command.output.read_text()
@@ -139,7 +139,7 @@ def test_a_node_dies_in_each_stage_and_another_comes_late(
     """With all that runs on it. SFT needs both nodes, so the run can't end without those that come."""
     process = command.start()
     for kind in WORKERS:
-        wait_for(lambda kind=kind: at_work(command, kind), process)
+        command.wait_for(lambda kind=kind: at_work(command, kind), process)
         nodes = [node for worker in at_work(command, kind) if (node := node_of(three_nodes, worker))]
         three_nodes.remove_node(nodes[0] if nodes else next(iter(three_nodes.worker_nodes)), allow_graceful=False)
         time.sleep(LATE)

@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from tests.command import IDEAL, Command, Ended, same, wait_for
+from tests.command import IDEAL, Command, Ended, same
 from tests.end_to_end.tiny_run import VOLUMES, make_tree
 
 COPIES = 3
@@ -190,7 +190,7 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(
     try:
         process = killed.start()
         half = killed.storage / "stages" / "influence"
-        wait_for(lambda: killed.records("sft") and list(half.glob("*/*/*/*")), process)
+        killed.wait_for(lambda: killed.records("sft") and list(half.glob("*/*/*/*")), process)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert killed.alone(30), killed.processes()

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
-from tests.command import Command, Ended, wait_for
+from tests.command import Command, Ended
 from tests.end_to_end.tiny_run import make_tree
 
 pytestmark = pytest.mark.timeout(900)
@@ -39,7 +39,7 @@ def swept(command: Command, tree: dict[str, Any]) -> Ended:
     """Killed while D0's influence is computed, and started again."""
     process = command.start(*SWEEP)
     half = command.storage / "stages" / "influence"
-    wait_for(lambda: command.records("sft") and list(half.glob("*/*/*/*")), process)
+    command.wait_for(lambda: command.records("sft") and list(half.glob("*/*/*/*")), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert command.alone(30), command.processes()
