@@ -288,6 +288,24 @@ class EquilibriumConfig(Section):
     retries: int = Field(1, ge=0, le=5, description="Retreats with m/2 after a mixture that raised the reference loss.")
 
 
+class MethodsConfig(Section):
+    """What the ways to choose a mixture, other than `equilibrium`, are set to (``ideal/methods``)."""
+
+    domain: Name | None = Field(None, description="The one domain that `specific` trains on.")
+    concentration: float = Field(
+        1.0,
+        gt=0,
+        description="Of random mixtures about D0 (`random`, `regmix`, `merge`): their Dirichlet parameters sum to this "
+        "times the number of domains.",
+    )
+    doremi_rate: float = Field(1.0, gt=0, description="DoReMi's η (its paper: 1).")
+    doremi_smoothing: float = Field(1e-3, ge=0, lt=1, description="DoReMi's ε (its code: 1e-3).")
+    doge_step: float = Field(0.05, gt=0, description="DOGE's step: SFT's peak learning rate divided by its μ.")
+    merge_candidates: int = Field(32, ge=2, description="Mixtures that `merge` evaluates.")
+    regmix_runs: int = Field(32, ge=8, description="Short trainings that `regmix` learns from.")
+    regmix_share: float = Field(0.25, gt=0, le=1, description="Of the total volume, that each of them has.")
+
+
 class FidelityConfig(Section):
     """How `ideal fidelity` compares predicted with actual changes."""
 
@@ -369,6 +387,10 @@ class Config(Section):
     sft: SftConfig = Field(SftConfig(), description="Fine-tuning.")
     influence: InfluenceConfig = Field(InfluenceConfig(), description="Influence functions.")
     equilibrium: EquilibriumConfig = Field(EquilibriumConfig(), description="The update of the mixture.")
+    method: Literal["equilibrium", "joint", "uniform", "specific", "random", "doremi", "doge", "merge", "regmix"] = (
+        Field("equilibrium", description="Way to choose the mixture: this project's own, or one to compare it with.")
+    )
+    methods: MethodsConfig = Field(MethodsConfig(), description="Settings of the other methods.")
     fidelity: FidelityConfig = Field(FidelityConfig(), description="How far influence can be trusted.")
     allow_code_execution: bool = Field(
         False, description="Let benchmarks run model-written code, in a limited process."
@@ -386,6 +408,19 @@ class Config(Section):
             twice = sorted({n for n in names if names.count(n) > 1})
             if twice:
                 raise ValueError(f"{what}: the name {twice[0]!r} stands twice")
+        return self
+
+    @model_validator(mode="after")
+    def _the_method_fits(self) -> Config:
+        names = [domain.name for domain in self.domains]
+        if self.methods.domain not in (None, *names):
+            raise ValueError(
+                f"methods.domain: there is no domain {self.methods.domain!r}; there are {', '.join(names)}"
+            )
+        if self.method == "specific" and self.methods.domain is None:
+            raise ValueError("`method: specific` needs methods.domain, the domain that is trained on")
+        if self.method in ("doremi", "doge") and self.sft.batch_examples < len(names):
+            raise ValueError(f"`method: {self.method}` needs sft.batch_examples of {len(names)}, one for each domain")
         return self
 
     @model_validator(mode="after")

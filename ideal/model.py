@@ -129,6 +129,16 @@ def summed_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     return nn.functional.cross_entropy(logits, batch.targets[batch.targets != IGNORED], reduction="sum")
 
 
+def token_losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """[s] cross-entropies of the batch's s supervised tokens, row by row, in nats."""
+    return nn.functional.cross_entropy(logits, batch.targets[batch.targets != IGNORED], reduction="none")
+
+
+def supervised_counts(batch: Batch) -> torch.Tensor:
+    """[rows] supervised tokens of each row."""
+    return (batch.targets != IGNORED).sum(1)
+
+
 def device() -> torch.device:
     """The accelerator this process may use, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,7 +12,7 @@ lets workers differ in their number of micro-batches, and never adds up gradient
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,11 +22,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ideal.batches import IGNORED, Item, batches, length
+from ideal.batches import Item, batches, length
 from ideal.config import SftConfig
 from ideal.examples import ExampleSet
 from ideal.mixture import data_order, draw
-from ideal.model import DTYPES, load_model, summed_loss, supervised_logits
+from ideal.model import DTYPES, load_model, summed_loss, supervised_counts, supervised_logits, token_losses
 
 DAMPING = "damping.safetensors"
 """AdamW's Λ beside a trained model."""
@@ -133,13 +133,32 @@ class Trainer:
         Raises:
             FloatingPointError: the gradient isn't finite; the weights are as before.
         """
+        loss = self.accumulate(items)
+        norm = self.move(step)
+        return Log(step.number, loss, norm, sum(length(item) for item in items))
+
+    def accumulate(self, items: list[Item], weights: Sequence[float] | None = None) -> float:
+        """Leave the gradient of a batch's mean loss in ``matrices`` and ``vectors``; returns that loss.
+
+        Args:
+            items: the global batch.
+            weights: [n] of every supervised token of each item. Default: 1.
+        """
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        items = sorted(items, key=length)
-        targets = sum(int(supervised[1:].sum()) for _, supervised in items)
+        weighed = sorted(zip(items, weights or [1.0] * len(items), strict=True), key=lambda each: length(each[0]))
+        total = sum(weight * int(supervised[1:].sum()) for (_, supervised), weight in weighed)
+        mine = weighed[rank::world]
         summed = torch.zeros((), device=self.device)
-        for _, batch in batches(items[rank::world], self.batch_tokens):
+        for flat in (self.matrices, self.vectors):
+            flat.gradient.zero_()
+        for rows, batch in batches([item for item, _ in mine], self.batch_tokens):
             moved = batch.to(self.device)
-            loss = summed_loss(supervised_logits(self.model, moved), moved)
+            logits = supervised_logits(self.model, moved)
+            if weights is None:
+                loss = summed_loss(logits, moved)
+            else:
+                each = torch.tensor([mine[row][1] for row in rows], device=self.device)
+                loss = (token_losses(logits, moved) * each.repeat_interleave(supervised_counts(moved))).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             summed += loss.detach()
         gradients = [self.matrices.gradient, self.vectors.gradient]
@@ -147,15 +166,18 @@ class Trainer:
             for tensor in [*gradients, summed]:
                 dist.all_reduce(tensor)
         for gradient in gradients:
-            gradient /= targets
+            gradient /= total
+        return float(summed) / total
+
+    def move(self, step: Step) -> float:
+        """Clip the gradient and step along it; returns its norm before."""
         norm = nn.utils.clip_grad_norm_([self.matrices.master, self.vectors.master], self.config.clip_norm)
         update(self.optimizer, step, norm)
         for flat in (self.matrices, self.vectors):
-            flat.gradient.zero_()
             flat.write_back()
         self.next_step = step.number + 1
         self.rates += step.rate
-        return Log(step.number, float(summed) / targets, float(norm), sum(length(item) for item in items))
+        return float(norm)
 
     @torch.no_grad()
     def take_snapshot(self) -> None:
@@ -334,9 +356,8 @@ def example_losses(
     losses, tokens = [0.0] * len(examples), [0] * len(examples)
     for members, batch in batches(list(examples), batch_tokens):
         moved = batch.to(device)
-        supervised = moved.targets != IGNORED
-        each = nn.functional.cross_entropy(supervised_logits(model, moved), moved.targets[supervised], reduction="none")
-        counts = supervised.sum(1).tolist()
+        each = token_losses(supervised_logits(model, moved), moved)
+        counts = supervised_counts(moved).tolist()
         for member, part, count in zip(members, torch.split(each.double(), counts), counts, strict=True):
             losses[member], tokens[member] = float(part.sum()), count
     return losses, tokens

@@ -128,6 +128,36 @@ def sweep(
 
 
 @app.command()
+def compare(
+    config: ConfigPath,
+    methods: Annotated[str | None, typer.Option(help="Which, e.g. equilibrium,uniform,doremi. Default: all.")] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="One more row: settings of `equilibrium`, e.g. 'equilibrium.m=0.5 equilibrium.rule=paper'. May be "
+            "given again.",
+            show_default=False,
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Repeats of each: the config's seed and those after it.")] = 5,
+    set_: Overrides = None,
+    concurrent: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 2,
+) -> None:
+    """Run every method with the same data, training, seeds and benchmarks, and say which is best, and how sure."""
+    from service import compare as comparison
+
+    comparison.compare(
+        config,
+        Console(),
+        overrides=set_,
+        methods=methods.split(",") if methods else [],
+        also=also or [],
+        seeds=seeds,
+        concurrent=concurrent,
+    )
+
+
+@app.command()
 def sensitivity(config: ConfigPath, set_: Overrides = None) -> None:
     """Say how the mixture hangs on the reference set, from a run's records; starts nothing."""
     from service.sensitivity import examine

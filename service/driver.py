@@ -10,96 +10,21 @@ with m/2. Every stage is recorded, so a run that was killed goes on where it was
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
-from ideal.config import Config
 from ideal.domains import starting_volumes
 from ideal.equilibrium import Update, update
 from ideal.influence import InfluenceTable
-from service import data
-from service.benchmark import Benchmarks
-from service.cluster import Cluster
+from service.data import MODEL
 from service.influence import TABLE, influence
-from service.plan import layer_blocks, shards_training
-from service.progress import Display
-from service.reference import reference_losses
+from service.mixtures import Iteration, Mixtures, Outcome
+from service.plan import layer_blocks
 from service.sample import Sample
-from service.sft import sft
-from service.stages import Record, Stage, Store
-from service.study import Study
+from service.stages import Stage
 
 
-@dataclass
-class Iteration:
-    """A mixture, what it gave, and what follows from it.
-
-    Attributes:
-        number: t of D_t.
-        m: largest relative change that led to it; None for D0.
-        accepted: whether it didn't raise the reference loss (by more than ``max_rise``).
-        table, update: None where no update follows.
-    """
-
-    number: int
-    volumes: dict[str, int]
-    m: float | None
-    sft: Record
-    reference: Record
-    loss: float
-    accepted: bool = True
-    benchmark: Record | None = None
-    influence: Record | None = None
-    table: InfluenceTable | None = None
-    update: Update | None = None
-
-
-@dataclass
-class Outcome:
-    """A whole optimisation, in the order it happened.
-
-    Attributes:
-        stopped: why it ended.
-    """
-
-    data: Record
-    iterations: list[Iteration] = field(default_factory=list)
-    stopped: str = ""
-
-    @property
-    def accepted(self) -> list[Iteration]:
-        return [iteration for iteration in self.iterations if iteration.accepted]
-
-    @property
-    def equilibrium(self) -> Iteration:
-        """The last accepted mixture."""
-        return self.accepted[-1]
-
-    @property
-    def records(self) -> list[Record]:
-        parts = [(i.sft, i.reference, i.influence, i.benchmark) for i in self.iterations]
-        return [self.data, *(record for part in parts for record in part if record)]
-
-
-class Optimisation(Study):
-    """One run of the method.
-
-    Args:
-        happened: called with the outcome so far after every change of it.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        cluster: Cluster,
-        store: Store,
-        display: Display,
-        happened: Callable[[Outcome], None] = lambda outcome: None,
-    ) -> None:
-        super().__init__(config, cluster, store, display)
-        self.happened = happened
-        self.benchmarks = Benchmarks(config, cluster)
+class Optimisation(Mixtures):
+    """One run of the method."""
 
     def run(self) -> Outcome:
         """Optimise the mixture.
@@ -112,7 +37,7 @@ class Optimisation(Study):
         self.data = self.example_sets()
         self.outcome = Outcome(self.data)
         try:
-            current = self._train(0, starting_volumes(self.config, self.data.result), None)
+            current = self.train("D0", 0, starting_volumes(self.config, self.data.result), None)
             m = config.m
             for number in range(1, config.iterations + 1):
                 self._influence_and_benchmark(current)
@@ -122,7 +47,7 @@ class Optimisation(Study):
                 current = following
             else:
                 self.outcome.stopped = f"all {config.iterations} iterations done"
-            self._benchmark(current)
+            self.benchmark(current)
         finally:
             self.benchmarks.release()
         self.happened(self.outcome)
@@ -140,12 +65,12 @@ class Optimisation(Study):
             if step.change(list(current.volumes.values())) < config.tolerance:
                 self.outcome.stopped = f"no volume would change by {config.tolerance:.1%}"
                 return None, m
-            following = self._train(number, dict(zip(current.volumes, step.volumes, strict=True)), m)
+            following = self.train(f"D{number}", number, dict(zip(current.volumes, step.volumes, strict=True)), m)
             if following.loss <= current.loss * (1 + config.max_rise):
                 current.update = step
                 return following, m
             following.accepted = False
-            self._benchmark(following)
+            self.benchmark(following)
             m /= 2
         self.outcome.stopped = f"the reference loss rose, down to m = {m * 2:g}: D{current.number} is kept"
         return None, m
@@ -166,67 +91,9 @@ class Optimisation(Study):
             config.influence.confidence,
         )
 
-    def _train(self, number: int, volumes: dict[str, int], m: float | None) -> Iteration:
-        """SFT on a mixture, and its reference loss."""
-        config = self.config
-        stage = Stage(
-            "sft",
-            {
-                "sft": config.sft.model_dump(mode="json"),
-                "averaged": config.influence.averaged,
-                "seed": config.seed,
-                "volumes": volumes,
-            },
-            {"model": self.base.fingerprint, "data": self.data.fingerprint},
-        )
-        trained = self.stage(
-            stage,
-            f"D{number} SFT",
-            lambda folder, progress: sft(
-                folder,
-                base=self.base.folder,
-                data=self.data.folder,
-                volumes=volumes,
-                config=config.sft,
-                averaged=config.influence.averaged,
-                seed=config.seed,
-                resources=config.resources,
-                cluster=self.cluster,
-                sharded=shards_training(config, self.base.folder / data.MODEL, self.cluster),
-                progress=progress,
-            ),
-        )
-        stage = Stage(
-            "reference",
-            {"precision": config.influence.precision},
-            {"sft": trained.fingerprint, "data": self.data.fingerprint},
-        )
-        losses = self.stage(
-            stage,
-            f"D{number} reference",
-            lambda folder, progress: reference_losses(
-                folder,
-                checkpoint=trained.folder,
-                data=self.data.folder,
-                domains=list(volumes),
-                config=config,
-                cluster=self.cluster,
-                progress=progress,
-            ),
-        )
-        iteration = Iteration(number, volumes, m, trained, losses, self._objective(losses))
-        self.outcome.iterations.append(iteration)
-        self.happened(self.outcome)
-        return iteration
-
-    def _objective(self, losses: Record) -> float:
-        rows = list(losses.result.values())
-        weights = [row["tokens"] if self.config.equilibrium.objective == "micro" else 1 for row in rows]
-        return float(sum(row["loss"] * w for row, w in zip(rows, weights, strict=True)) / sum(weights))
-
     def _influence_and_benchmark(self, current: Iteration) -> None:
         """Both read the same checkpoint: at the same time where the cluster has room."""
-        steps = [self._influence, self._benchmark]
+        steps = [self._influence, self.benchmark]
         if not self.cluster.together:
             for step in steps:
                 step(current)
@@ -246,29 +113,15 @@ class Optimisation(Study):
         sample = Sample(self.data.folder, current.volumes, config.influence, config.seed)
         current.influence = self.stage(
             stage,
-            f"D{current.number} influence",
+            f"{current.name} influence",
             lambda folder, progress: influence(
                 folder,
                 checkpoint=current.sft.folder,
                 sample=sample,
                 config=config,
                 cluster=self.cluster,
-                layer_blocks=layer_blocks(config, current.sft.folder / data.MODEL, self.cluster),
+                layer_blocks=layer_blocks(config, current.sft.folder / MODEL, self.cluster),
                 progress=progress,
             ),
         )
         current.table = InfluenceTable.load(current.influence.folder / TABLE)
-
-    def _benchmark(self, current: Iteration) -> None:
-        config = self.config
-        stage = Stage(
-            "benchmark",
-            {"benchmarks": data.benchmark_settings(config), "max_tokens": config.model.max_tokens},
-            {"sft": current.sft.fingerprint},
-        )
-        current.benchmark = self.stage(
-            stage,
-            f"D{current.number} benchmarks",
-            lambda folder, progress: self.benchmarks.score(folder, checkpoint=current.sft.folder, progress=progress),
-        )
-        self.happened(self.outcome)

@@ -29,7 +29,7 @@ from ideal.errors import BadInput
 from ideal.mixture import data_order, draw
 from service import report
 from service.data import MODEL, domains
-from service.driver import Outcome
+from service.mixtures import Outcome
 from service.run import replay, run_name
 from service.stages import RECORD
 

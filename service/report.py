@@ -18,7 +18,7 @@ from ideal.config import Config
 from ideal.equilibrium import token_weights
 from ideal.pairs import Pair, pairs
 from ideal.solvers import coupled
-from service.driver import Iteration, Outcome
+from service.mixtures import Iteration, Outcome
 
 Rows = list[tuple[str, list[list[str]]]]
 """Groups: (heading, rows of label and one cell for each iteration)."""
@@ -26,7 +26,7 @@ Rows = list[tuple[str, list[list[str]]]]
 
 def label(iteration: Iteration) -> str:
     """D1, or D1 (rejected)."""
-    return f"D{iteration.number}" + ("" if iteration.accepted else " (rejected)")
+    return iteration.name + ("" if iteration.accepted else " (rejected)")
 
 
 def rows(outcome: Outcome) -> Rows:

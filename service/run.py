@@ -19,9 +19,11 @@ from rich.markup import escape
 from ideal.config import Config
 from ideal.errors import BadInput
 from service import check, fidelity_report, report
+from service.baselines import Baseline
 from service.cluster import Cluster, connect
-from service.driver import Optimisation, Outcome
+from service.driver import Optimisation
 from service.fidelity import Fidelity
+from service.mixtures import Outcome
 from service.progress import Display
 from service.stages import Records, Store, Unfinished
 from service.tracking import Tracker, uri_of
@@ -43,7 +45,7 @@ def run(config: Config, console: Console) -> Outcome:
         console.print("every stage of this run is recorded: nothing to do")
     else:
         with connected(config, console) as cluster, Display(console) as display:
-            outcome = Optimisation(config, cluster, store, display, tracker.keep_up).run()
+            outcome = method_of(config, cluster, store, display, tracker.keep_up).run()
     path = report.write(folder, config, outcome)
     tracker.write(outcome)
     console.print(report.table(outcome))
@@ -53,6 +55,18 @@ def run(config: Config, console: Console) -> Outcome:
     console.print(f"Report: {path}", soft_wrap=True)
     console.print(f"MLflow: {mlflow_command(config)}", soft_wrap=True)
     return outcome
+
+
+def method_of(
+    config: Config,
+    cluster: Cluster,
+    store: Store,
+    display: Display,
+    happened: Callable[[Outcome], None] = lambda outcome: None,
+) -> Optimisation | Baseline:
+    """What runs a config: this project's method, or the one that it is to be compared with."""
+    kind = Optimisation if config.method == "equilibrium" else Baseline
+    return kind(config, cluster, store, display, happened)
 
 
 def fidelity(config: Config, console: Console) -> dict[str, Any]:
@@ -118,9 +132,9 @@ def replay(config: Config, notice: Callable[[str], None]) -> Outcome:
     seen: list[Outcome] = []
     nowhere = Cluster(cpus=1, gpus=0, nodes=1, sft_workers=1, sft_cpus=1, influence_workers=1)
     silent: Any = None
-    optimisation = Optimisation(config, nowhere, Records(config.root, notice), silent, seen.append)
+    chosen = method_of(config, nowhere, Records(config.root, notice), silent, seen.append)
     try:
-        return optimisation.run()
+        return chosen.run()
     except Unfinished:
         return seen[-1] if seen else Outcome(data=silent)
 

@@ -19,7 +19,7 @@ from ideal.config import Config
 from ideal.errors import BadInput
 from ideal.sensitivity import Scenario, Spread, Start, scenarios
 from service import run as runs
-from service.driver import Iteration, Outcome
+from service.mixtures import Iteration, Outcome
 from service.report import label
 
 DRAWS = 300

@@ -42,6 +42,9 @@ RESULTS_CHANGED_IN = {
     "benchmark": 1,
     "retraining": 1,
     "prediction": 2,
+    "doremi": 1,
+    "doge": 1,
+    "merged": 1,
 }
 """Raised when new code gives a kind of stage other results, so that old records are not taken for new ones."""
 

@@ -38,10 +38,10 @@ from ideal.config_file import load
 from ideal.errors import BadInput
 from service import report
 from service.cluster import Cluster
-from service.driver import Optimisation, Outcome
 from service.failures import StageFailed
+from service.mixtures import Outcome
 from service.progress import Display
-from service.run import connected, notices, replay, run_folder, run_key
+from service.run import connected, method_of, notices, replay, run_folder, run_key
 from service.stages import Store
 from service.tracking import Tracker
 
@@ -105,24 +105,27 @@ def grid(path: str | Path, overrides: list[str] | None, values: Mapping[str, lis
     return list(trials.values())
 
 
-def run_trials(trials: list[Trial], console: Console, *, concurrent: int, stop_behind: bool) -> Findings:
+def run_trials(
+    trials: list[Trial], console: Console, *, concurrent: int, stop_behind: bool, kind: str = "sweep"
+) -> Findings:
     """Run all trials to their ends, or go on where they were left.
 
     Args:
         concurrent: trials at a time.
         stop_behind: stop a trial whose best reference loss is worse than the others' median (Golovin et al. 2017).
+        kind: what MLflow calls the trials' parent.
 
     Raises:
         BadInput: something in a config or the data doesn't hold.
         StageFailed: a trial broke; the others ended.
     """
     started, key = time.monotonic(), sweep_key(trials)
-    trackers = {trial.label: tracker_of(trial, key, console) for trial in trials}
+    trackers = {trial.label: tracker_of(trial, kind, key, console) for trial in trials}
     before = [replay(trial.config, lambda _: None) for trial in trials]
     recorded = {record.folder for outcome in before for record in outcome.records if record}
     failed: list[str] = []
     if all(outcome.stopped for outcome in before):
-        console.print("every stage of this sweep is recorded: nothing to do")
+        console.print(f"every stage of this {kind} is recorded: nothing to do")
     else:
         with connected(trials[0].config, console) as cluster:
             lines = Queue(actor_options={"num_cpus": 0})
@@ -147,7 +150,7 @@ def sweep_key(trials: list[Trial]) -> str:
     return hashlib.sha256(json.dumps(sorted(run_key(t.config) for t in trials)).encode()).hexdigest()[:12]
 
 
-def tracker_of(trial: Trial, key: str, console: Console) -> Tracker:
+def tracker_of(trial: Trial, kind: str, key: str, console: Console) -> Tracker:
     """What writes a trial's optimisation to MLflow, below its sweep."""
     config = trial.config
     return Tracker(
@@ -155,7 +158,7 @@ def tracker_of(trial: Trial, key: str, console: Console) -> Tracker:
         run_key(config),
         run_folder(config),
         notices(console),
-        below=(f"sweep-{key}", f"{config.name} sweep"),
+        below=(f"{kind}-{key}", f"{config.name} {kind}"),
         name=f"{config.name} {trial.label}",
         values=trial.values,
     )
@@ -216,7 +219,7 @@ class Optimiser:
             store = Store(config.root, notices(console))
             with Display(console) as display:
                 patient = config.model_copy(update={"resources": resources})
-                Optimisation(patient, cluster, store, display, happened).run()
+                method_of(patient, cluster, store, display, happened).run()
 
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(optimise)

@@ -19,7 +19,7 @@ from rich.table import Table
 from ideal.config import Config
 from ideal.selection import Selection, interval, select
 from service import report
-from service.driver import Outcome
+from service.mixtures import Outcome
 from service.reference import BY_EXAMPLE, Losses
 from service.run import mlflow_command, notices
 from service.sweep import Findings, Trial, sweep_key

@@ -27,7 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ideal.config import Config
 from service import report
-from service.driver import Iteration, Outcome
+from service.mixtures import Iteration, Outcome
 
 KEY = "ideal.key"
 """Tag that finds a run again: what it records."""
@@ -159,7 +159,7 @@ class Tracker:
             "m": c.equilibrium.m,
             "seed": c.seed,
             "model": c.model.source,
-            "method": f"equilibrium/{c.equilibrium.rule}",
+            "method": f"equilibrium/{c.equilibrium.rule}" if c.method == "equilibrium" else c.method,
             "solver": c.influence.solver,
             "damping": c.influence.damping,
             "iterations": c.equilibrium.iterations,

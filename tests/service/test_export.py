@@ -22,8 +22,8 @@ from ideal.mixture import draw
 from ideal.model import load_tokenizer
 from ideal.training import plan
 from service.data import MODEL, domains
-from service.driver import Outcome
 from service.export import base_of, export
+from service.mixtures import Outcome
 from service.stages import RECORD
 from tests.service.conftest import tree
 from tests.tiny import make_model

@@ -20,7 +20,7 @@ import yaml
 from mlflow import MlflowClient
 
 from ideal.config import Config
-from service.driver import Outcome
+from service.mixtures import Outcome
 from service.tracking import Tracker
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

@@ -12,7 +12,7 @@ from ideal.config import Config
 from ideal.equilibrium import update
 from ideal.errors import BadInput
 from service import sensitivity
-from service.driver import Outcome
+from service.mixtures import Outcome
 from service.run import run_folder
 from tests.service.conftest import iteration
 

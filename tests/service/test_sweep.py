@@ -10,7 +10,7 @@ import yaml
 
 from ideal.errors import BadInput
 from service import sweep_report
-from service.driver import Outcome
+from service.mixtures import Outcome
 from service.reference import BY_EXAMPLE
 from service.sweep import Findings, grid, sweep_key
 from tests.service.conftest import tree

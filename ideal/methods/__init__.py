@@ -1,0 +1,26 @@
+"""Ways to choose a mixture, one file each; ``method:`` in a config names one.
+
+Each is a function of the problem (the starting mixture D0, the pools, the limits) and of stages that it may ask for,
+and gives volumes of the same total. What it trains, passes over or evaluates on the way is its cost. `equilibrium`,
+this project's own, is the loop in ``service.driver``: its mixtures are trained one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ideal.methods import doge, doremi, joint, merge, random, regmix, specific, uniform
+from ideal.methods.problem import Problem, Stages
+
+Method = Callable[[Problem, Stages], dict[str, int]]
+
+METHODS: dict[str, Method] = {
+    "joint": joint.choose,
+    "uniform": uniform.choose,
+    "specific": specific.choose,
+    "random": random.choose,
+    "doremi": doremi.choose,
+    "doge": doge.choose,
+    "merge": merge.choose,
+    "regmix": regmix.choose,
+}

@@ -1,0 +1,83 @@
+"""DOGE (Fan et al. 2024): weigh up the domains whose gradients point where the reference sets' does.
+
+A proxy starts from θ₀. Each step takes one clipped gradient g_k of each domain and one, g, of the reference sets:
+
+    s_k = lr · ⟨g_k, g⟩ / mean_k‖g_k‖, at least 0 and at most 5·lr
+    α ← softmax(log α + s/μ)
+
+and the proxy moves along Σ_k α_k g_k. The result is the mean of α over steps. μ is given as a multiple of SFT's peak
+learning rate: with the paper's own, made for pre-training, fine-tuning's small rates would never move the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from ideal.batches import Item
+from ideal.examples import ExampleSet
+from ideal.methods.doremi import per_token
+from ideal.methods.problem import Array, Problem, Stages
+from ideal.methods.proxy import moved, steps
+from ideal.training import Trainer
+
+LARGEST = 5.0
+"""Of a score, in learning rates."""
+
+
+def choose(problem: Problem, stages: Stages) -> dict[str, int]:
+    """The mixture whose tokens are divided as α."""
+    return problem.mixture_of_tokens(stages.doge())
+
+
+def weights(
+    proxy: Trainer,
+    pools: Mapping[str, ExampleSet],
+    references: Mapping[str, ExampleSet],
+    total: int,
+    seed: int,
+    step_size: float,
+) -> Iterator[Array]:
+    """[M] α after every step.
+
+    Args:
+        proxy: at θ₀; it is trained.
+        total: examples that the proxy sees in an epoch.
+        step_size: SFT's peak learning rate / μ.
+    """
+    alpha = np.full(len(pools), 1 / len(pools))
+    mu = proxy.config.learning_rate / step_size
+    compared = steps({name: len(found) for name, found in references.items()}, total, proxy.config, seed)
+    for step, drawn in steps({domain: len(pool) for domain, pool in pools.items()}, total, proxy.config, seed):
+        held_out = [[r[i] for i in part] for r, part in zip(references.values(), next(compared)[1], strict=True)]
+        items = [[pool[i] for i in chosen] for pool, chosen in zip(pools.values(), drawn, strict=True)]
+        gradients = torch.stack([gradient(proxy, part) for part in items])
+        wanted = gradient(proxy, [each for part in held_out for each in part], per_token(held_out, np.ones(len(held_out))))
+        alpha = moved(alpha, scores(gradients, wanted, step.rate) / mu)
+        along = torch.tensor(alpha, dtype=gradients.dtype, device=gradients.device) @ gradients
+        sizes = [flat.gradient.numel() for flat in (proxy.matrices, proxy.vectors)]
+        for flat, part in zip((proxy.matrices, proxy.vectors), torch.split(along, sizes), strict=True):
+            flat.gradient.copy_(part)
+        proxy.move(step)
+        yield alpha
+
+
+def gradient(proxy: Trainer, items: Sequence[Item], per_token: list[float] | None = None) -> torch.Tensor:
+    """[n] gradient of the mean loss, clipped as SFT's is."""
+    proxy.accumulate(list(items), per_token)
+    flat = torch.cat([proxy.matrices.gradient, proxy.vectors.gradient])
+    return flat * min(1.0, proxy.config.clip_norm / (float(flat.norm()) + 1e-6))
+
+
+def scores(gradients: torch.Tensor, wanted: torch.Tensor, rate: float) -> Array:
+    """[M] s.
+
+    Args:
+        gradients: [M, n] of the domains.
+        wanted: [n] of the reference sets.
+        rate: lr of this step.
+    """
+    found = rate * (gradients @ wanted) / (gradients.norm(dim=1).mean() + 1e-6)
+    return np.asarray(found.clamp(0, LARGEST * rate).double().cpu().numpy())

@@ -1,0 +1,78 @@
+"""DoReMi (Xie et al. 2023): weigh up the domains in which a proxy is still behind a reference model.
+
+The reference model is Joint SFT; the proxy starts from θ₀. At each step, of each domain k,
+
+    excess_k = mean over its supervised tokens of max(ℓ_proxy − ℓ_reference, 0)
+    α ← softmax(log α + η·excess),    α ← (1−ε)α + ε/K
+
+and the proxy steps along the gradient of Σ_k α_k · (mean loss of domain k). The result is the mean of α over steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from ideal.batches import Item, batches
+from ideal.examples import ExampleSet
+from ideal.methods.problem import Array, Problem, Stages
+from ideal.methods.proxy import moved, steps
+from ideal.model import supervised_counts, supervised_logits, token_losses
+from ideal.training import Trainer
+
+
+def choose(problem: Problem, stages: Stages) -> dict[str, int]:
+    """The mixture whose tokens are divided as α."""
+    return problem.mixture_of_tokens(stages.doremi(stages.trained(problem.volumes)))
+
+
+def weights(
+    proxy: Trainer,
+    reference: nn.Module,
+    pools: Mapping[str, ExampleSet],
+    total: int,
+    seed: int,
+    rate: float,
+    smoothing: float,
+) -> Iterator[Array]:
+    """[M] α after every step.
+
+    Args:
+        proxy: at θ₀; it is trained.
+        total: examples that the proxy sees in an epoch.
+        rate, smoothing: η and ε.
+    """
+    alpha = np.full(len(pools), 1 / len(pools))
+    for step, drawn in steps({domain: len(pool) for domain, pool in pools.items()}, total, proxy.config, seed):
+        batch = [[pool[i] for i in chosen] for pool, chosen in zip(pools.values(), drawn, strict=True)]
+        excesses = [excess(proxy.model, reference, items, proxy.device, proxy.batch_tokens) for items in batch]
+        alpha = moved(alpha, rate * np.array(excesses), smoothing)
+        proxy.accumulate([item for items in batch for item in items], per_token(batch, alpha))
+        proxy.move(step)
+        yield alpha
+
+
+@torch.no_grad()
+def excess(
+    proxy: nn.Module, reference: nn.Module, items: Sequence[Item], device: torch.device, batch_tokens: int
+) -> float:
+    """Mean over supervised tokens of max(ℓ_proxy − ℓ_reference, 0), nats."""
+    behind, tokens = 0.0, 0
+    for _, batch in batches(items, batch_tokens):
+        moved_batch = batch.to(device)
+        losses = [token_losses(supervised_logits(model, moved_batch), moved_batch) for model in (proxy, reference)]
+        behind += float((losses[0] - losses[1]).clamp(min=0).sum())
+        tokens += int(supervised_counts(moved_batch).sum())
+    return behind / tokens
+
+
+def per_token(batch: Sequence[Sequence[Item]], weights: Array) -> list[float]:
+    """Each example's weight on its tokens, with which the batch's mean loss is Σ_k α_k · (mean loss of domain k)."""
+    found: list[float] = []
+    for items, weight in zip(batch, weights, strict=True):
+        tokens = sum(int(supervised[1:].sum()) for _, supervised in items)
+        found += [float(weight) / tokens] * len(items)
+    return found

@@ -1,0 +1,80 @@
+"""`ideal compare`: every method with the same data, SFT, seeds and benchmarks, as trials of one Ray Tune experiment.
+
+What methods share is one stage: Joint SFT is D0 of `equilibrium` and DoReMi's reference, the Specific SFT models are
+what `merge` averages. The total volume is the same for all, so is the number of steps; what a method spends before
+its final SFT is counted beside its score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ideal.config import Config
+from ideal.config_file import load
+from ideal.errors import BadInput
+from ideal.methods import METHODS
+from service import compare_report
+from service.run import run_key
+from service.sweep import Trial, run_trials
+
+BASE = "joint"
+"""The method that all others are measured against."""
+OURS = "equilibrium"
+
+
+def compare(
+    path: str | Path,
+    console: Console,
+    *,
+    overrides: list[str] | None,
+    methods: Sequence[str],
+    also: Sequence[str],
+    seeds: int,
+    concurrent: int,
+) -> None:
+    """Run all methods with all seeds, or go on where that was left, and report who wins.
+
+    Args:
+        also: more rows: settings of `equilibrium`, e.g. ``equilibrium.m=0.5 equilibrium.iterations=4``.
+        seeds: the config's and those after it.
+        concurrent: runs at a time.
+
+    Raises:
+        BadInput: something in a config doesn't hold.
+        StageFailed: a run broke; the others ended.
+    """
+    base = load(path, overrides)
+    entries = rows(base, methods, also)
+    trials: dict[str, Trial] = {}
+    for label, settings in entries.items():
+        for seed in range(base.seed, base.seed + seeds):
+            config = load(path, [*(overrides or []), *settings, f"seed={seed}"])
+            if run_key(config) in trials:
+                raise BadInput("compare", f"{label} is the same as {trials[run_key(config)].label}", "leave one out")
+            trials[run_key(config)] = Trial(f"{label}, seed {seed}", {"row": label, "seed": str(seed)}, config)
+    found = run_trials(list(trials.values()), console, concurrent=concurrent, stop_behind=False, kind="comparison")
+    compare_report.present(found, console, base=BASE)
+
+
+def rows(config: Config, methods: Sequence[str], also: Sequence[str]) -> dict[str, list[str]]:
+    """By label, what each row of the comparison sets in the config; `joint` first.
+
+    Raises:
+        BadInput: there is no such method.
+    """
+    entries: dict[str, list[str]] = {}
+    for method in dict.fromkeys([BASE, *(methods or [*METHODS, OURS])]):
+        if method not in (*METHODS, OURS):
+            raise BadInput("--methods", f"there is no {method!r}", f"there are {', '.join([*METHODS, OURS])}")
+        if method == "specific":
+            for domain in config.domains:
+                entries[f"specific {domain.name}"] = ["method=specific", f"methods.domain={domain.name}"]
+        else:
+            entries[method] = [f"method={method}"]
+    for settings in also:
+        parts = settings.split()
+        entries[f"{OURS} {' '.join(part.removeprefix('equilibrium.') for part in parts)}"] = [f"method={OURS}", *parts]
+    return entries

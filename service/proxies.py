@@ -1,0 +1,170 @@
+"""The proxy runs of DoReMi and DOGE, and the averages that `merge` evaluates: each by one worker of SFT's size.
+
+The weights of every step go to ``weights.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from safetensors.torch import load_file
+
+from ideal.batches import length
+from ideal.config import Config
+from ideal.examples import ExampleSet
+from ideal.methods import doge as doge_method
+from ideal.methods import doremi as doremi_method
+from ideal.methods import merge as merge_method
+from ideal.methods.problem import Array
+from ideal.methods.proxy import steps
+from ideal.model import DTYPES, device, load_model
+from ideal.training import Trainer
+from service.cluster import Cluster, Reservation
+from service.data import MODEL, reference_file, train_file
+from service.progress import Reporter
+from service.reference import losses_of, means
+
+EVERY_STEP = "weights.json"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every proxy run starts from; ``base`` and ``data`` are stage folders, ``volumes`` is D0."""
+
+    config: Config
+    cluster: Cluster
+    base: Path
+    data: Path
+    volumes: dict[str, int]
+    progress: Reporter
+
+    @property
+    def total(self) -> int:
+        return sum(self.volumes.values())
+
+    def trainer(self) -> Trainer:
+        """At θ₀."""
+        resources = self.config.resources
+        where, tokens = device(), resources.batch_tokens
+        return Trainer(self.base / MODEL, self.config.sft, where, tokens, resources.gradient_checkpointing)
+
+    def pools(self) -> dict[str, ExampleSet]:
+        return {domain: ExampleSet.load(train_file(self.data, domain)) for domain in self.volumes}
+
+    def references(self) -> dict[str, ExampleSet]:
+        return {domain: ExampleSet.load(reference_file(self.data, domain)) for domain in self.volumes}
+
+
+def doremi(work: Work, folder: Path, reference: Path) -> dict[str, Any]:
+    """DoReMi's weights, given the Joint SFT's stage folder.
+
+    Returns:
+        weights (each domain's share of the tokens, the mean over steps), tokens (that a model passed over).
+    """
+    return _on_a_worker(work, _doremi, folder, reference)
+
+
+def doge(work: Work, folder: Path) -> dict[str, Any]:
+    """DOGE's weights.
+
+    Returns:
+        weights (each domain's share of the tokens, the mean over steps), tokens (that the model passed over).
+    """
+    return _on_a_worker(work, _doge, folder)
+
+
+def merged(work: Work, models: Sequence[Path], shares: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Reference losses at averages of trained models.
+
+    Args:
+        models: SFT's stage folders.
+        shares: one of each model, for every average.
+
+    Returns:
+        losses (by reference set, of every average), tokens (that a model passed over).
+    """
+    return _on_a_worker(work, _merged, list(models), shares)
+
+
+def _on_a_worker(work: Work, what: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    bundle = work.cluster.per_worker(work.cluster.sft_cpus)
+    with Reservation([bundle], work.config.resources.wait_seconds, work.config.method) as reserved:
+        task = _task.options(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(reserved),
+        )
+        found: dict[str, Any] = ray.get(task.remote(what, work, *arguments))
+    return found
+
+
+@ray.remote
+def _task(what: Callable[..., dict[str, Any]], work: Work, *arguments: Any) -> dict[str, Any]:
+    torch.manual_seed(work.config.seed)
+    if device().type == "cpu":
+        torch.set_num_threads(work.cluster.sft_cpus)
+    return what(work, *arguments)
+
+
+def _doremi(work: Work, folder: Path, reference: Path) -> dict[str, Any]:
+    config, pools = work.config, work.pools()
+    compared = load_model(reference / MODEL, DTYPES[config.sft.precision], device())
+    rate, smoothing = config.methods.doremi_rate, config.methods.doremi_smoothing
+    found = doremi_method.weights(work.trainer(), compared, pools, work.total, config.seed, rate, smoothing)
+    weights = _watched(work, found, folder)
+    return {"weights": weights, "tokens": 3 * _tokens(work, pools)}  # the reference's, the proxy's, its training
+
+
+def _doge(work: Work, folder: Path) -> dict[str, Any]:
+    config, pools, references = work.config, work.pools(), work.references()
+    found = doge_method.weights(work.trainer(), pools, references, work.total, config.seed, config.methods.doge_step)
+    weights = _watched(work, found, folder)
+    return {"weights": weights, "tokens": _tokens(work, pools) + _tokens(work, references)}
+
+
+def _merged(work: Work, models: list[Path], shares: Sequence[Sequence[float]]) -> dict[str, Any]:
+    config, where = work.config, device()
+    model = load_model(work.base / MODEL, DTYPES[config.influence.precision], where)
+    read = [_weights(folder / MODEL) for folder in models]
+    losses = []
+    for each in shares:
+        merge_method.average(model, read, each)
+        found = means(losses_of(model, work.data, work.volumes, where, config.resources.batch_tokens, work.progress))
+        losses.append({domain: row["loss"] for domain, row in found.items()})
+    once = sum(length(item) for reference in work.references().values() for item in reference)
+    return {"losses": losses, "tokens": once * len(shares)}
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def _watched(work: Work, weights: Iterator[Array], folder: Path) -> dict[str, float]:
+    """The mean of a proxy's weights over its steps."""
+    total = sum(1 for _ in _steps(work, work.pools()))
+    every = []
+    for number, each in enumerate(weights):
+        every.append(each.tolist())
+        work.progress(" ".join(f"{weight:.2f}" for weight in each), number + 1, total)
+    (folder / EVERY_STEP).write_text(json.dumps(every))
+    return dict(zip(work.volumes, np.mean(every, 0).tolist(), strict=True))
+
+
+def _tokens(work: Work, sets: dict[str, ExampleSet]) -> int:
+    """Input tokens of a proxy run's batches."""
+    drawn = [part for _, part in _steps(work, sets)]
+    return sum(
+        length(found[i]) for part in drawn for found, chosen in zip(sets.values(), part, strict=True) for i in chosen
+    )
+
+
+def _steps(work: Work, sets: dict[str, ExampleSet]) -> Iterator[Any]:
+    return steps({name: len(found) for name, found in sets.items()}, work.total, work.config.sft, work.config.seed)
