@@ -30,7 +30,11 @@ UNKNOWN_ITEMS = 1000
 
 @ray.remote
 class Engine:
-    """One vLLM engine; its methods can be repeated."""
+    """One vLLM engine; its methods can be repeated.
+
+    Args:
+        config: of any of the runs that share it; it says how large the engine is.
+    """
 
     def __init__(self, config: Config, gpus: int) -> None:
         self.config, self.gpus = config, gpus
@@ -40,7 +44,7 @@ class Engine:
         """The address of the node it lives on."""
         return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
-    def score(self, model: Path, benchmarks: list[BenchmarkConfig], progress: Reporter) -> dict[str, Any]:
+    def score(self, model: Path, benchmarks: list[BenchmarkConfig], seed: int, progress: Reporter) -> dict[str, Any]:
         """Scores of the checkpoint by benchmark: metric, value, stderr, items."""
         if self.llm is None:
             progress("starting vLLM", 0, 1)
@@ -48,14 +52,13 @@ class Engine:
                 model,
                 max_tokens=self.config.model.max_tokens,
                 memory=self.config.resources.vllm_memory,
-                seed=self.config.seed,
                 gpus=self.gpus,
                 precision=self.config.sft.precision,
             )
         else:
             reload(self.llm, model)
         scores = evaluate(
-            VllmModel(self.llm),
+            VllmModel(self.llm, seed),
             benchmarks,
             allow_code_execution=self.config.allow_code_execution,
             progress=progress,
@@ -78,12 +81,40 @@ def _items(benchmark: BenchmarkConfig) -> int:
     return benchmark.limit or benchmark.size or UNKNOWN_ITEMS
 
 
-class Benchmarks:
-    """The engines, started when they are first needed."""
+def engines(config: Config, cluster: Cluster) -> list[Any]:
+    """Actors for a config's benchmarks; each starts its engine when it is first asked for scores."""
+    gpus = cluster.tensor_parallel if cluster.gpus else 0
+    make = Engine.options(  # type: ignore[attr-defined]
+        num_cpus=0,
+        num_gpus=gpus,
+        max_restarts=2,
+        max_task_retries=-1,  # a lost node costs several at once; `max_restarts` is the limit
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cluster.benchmark_cpus), "TQDM_DISABLE": "1"}},
+    )
+    return [make.remote(config, gpus) for _ in dealt(config.benchmarks, cluster.benchmark_workers)]
 
-    def __init__(self, config: Config, cluster: Cluster) -> None:
+
+def fits_all(configs: Sequence[Config]) -> bool:
+    """Whether one engine can serve all these runs."""
+    first = configs[0]
+    return all(
+        (c.model, c.benchmarks, c.resources, c.sft.precision, c.allow_code_execution)
+        == (first.model, first.benchmarks, first.resources, first.sft.precision, first.allow_code_execution)
+        for c in configs
+    )
+
+
+class Benchmarks:
+    """The engines, started when they are first needed.
+
+    Args:
+        shared: those of a sweep, which outlive this run.
+    """
+
+    def __init__(self, config: Config, cluster: Cluster, shared: Sequence[Any] = ()) -> None:
         self.config, self.cluster = config, cluster
         self.parts = dealt(config.benchmarks, cluster.benchmark_workers)
+        self.shared = shared
         self._engines: list[Any] = []
 
     def score(self, folder: Path, *, checkpoint: Path, progress: Reporter) -> dict[str, Any]:
@@ -92,23 +123,15 @@ class Benchmarks:
         Raises:
             BadInput: no resources in time, or a benchmark that can't be run.
         """
-        threads, gpus = self.cluster.benchmark_cpus, self.cluster.tensor_parallel if self.cluster.gpus else 0
-        if not self._engines:
-            make = Engine.options(  # type: ignore[attr-defined]
-                num_cpus=0,
-                num_gpus=gpus,
-                max_restarts=2,
-                max_task_retries=-1,  # a lost node costs several at once; `max_restarts` is the limit
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}},
-            )
-            self._engines = [make.remote(self.config, gpus) for _ in self.parts]
+        threads = self.cluster.benchmark_cpus
+        self._engines = self._engines or list(self.shared) or engines(self.config, self.cluster)
         nodes = ray.get([engine.node.remote() for engine in self._engines])
         work = [{"CPU": threads, f"node:{node}": 0.001} for node in nodes]  # Ray's own resource of that one node
         try:
             with Reservation(work, self.config.resources.wait_seconds, "benchmarks"):
                 found = ray.get(
                     [
-                        engine.score.remote(checkpoint / MODEL, part, progress)
+                        engine.score.remote(checkpoint / MODEL, part, self.config.seed, progress)
                         for engine, part in zip(self._engines, self.parts, strict=True)
                     ]
                 )
@@ -121,7 +144,7 @@ class Benchmarks:
         return {benchmark.name: scores[benchmark.name] for benchmark in self.config.benchmarks}
 
     def release(self) -> None:
-        """Stop the engines and give their memory back."""
-        for engine in self._engines:
+        """Stop the engines and give their memory back; shared ones stay."""
+        for engine in [] if self.shared else self._engines:
             ray.kill(engine)
         self._engines = []

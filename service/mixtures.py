@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ideal.config import Config
 from ideal.equilibrium import Update
@@ -91,6 +92,7 @@ class Mixtures(Study):
 
     Args:
         happened: called with the outcome so far after every change of it.
+        engines: that score for other runs, too. Default: engines of its own.
     """
 
     outcome: Outcome
@@ -102,10 +104,11 @@ class Mixtures(Study):
         store: Store,
         display: Display,
         happened: Callable[[Outcome], None] = lambda outcome: None,
+        engines: Sequence[Any] = (),
     ) -> None:
         super().__init__(config, cluster, store, display)
         self.happened = happened
-        self.benchmarks = Benchmarks(config, cluster)
+        self.benchmarks = Benchmarks(config, cluster, engines)
 
     def sft(self, volumes: dict[str, int], name: str) -> Record:
         """SFT of θ₀ on a mixture."""

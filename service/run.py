@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,11 @@ def method_of(
     store: Store,
     display: Display,
     happened: Callable[[Outcome], None] = lambda outcome: None,
+    engines: Sequence[Any] = (),
 ) -> Optimisation | Baseline:
     """What runs a config: this project's method, or the one that it is to be compared with."""
     kind = Optimisation if config.method == "equilibrium" else Baseline
-    return kind(config, cluster, store, display, happened)
+    return kind(config, cluster, store, display, happened, engines)
 
 
 def fidelity(config: Config, console: Console) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import ray
 from ray import tune
@@ -37,6 +37,7 @@ from ideal.config import Config
 from ideal.config_file import load
 from ideal.errors import BadInput
 from service import report
+from service.benchmark import engines, fits_all
 from service.cluster import Cluster
 from service.failures import StageFailed
 from service.mixtures import Outcome
@@ -169,28 +170,35 @@ def _tune(trials: list[Trial], cluster: Cluster, lines: Queue, concurrent: int, 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial says itself what went wrong
     folder, name = trials[0].config.root / "sweeps" / "tune", sweep_key(trials)
     shutil.rmtree(folder / name, ignore_errors=True)  # what counts is in the stages
-    trainable = tune.with_parameters(_trial, trials={t.label: t for t in trials}, cluster=cluster, lines=lines)
+    kept = engines(trials[0].config, cluster) if not cluster.gpus and fits_all([t.config for t in trials]) else []
+    trainable = tune.with_parameters(
+        _trial, trials={t.label: t for t in trials}, cluster=cluster, lines=lines, engines=kept
+    )
     rule: TrialScheduler | None = None
     if stop_behind:
         rule = MedianStoppingRule(time_attr="training_iteration", grace_period=2, min_samples_required=2)
-    results = tune.Tuner(
-        tune.with_resources(trainable, tune.PlacementGroupFactory([{"memory": 1}])),  # a trial waits for its actor
-        param_space={"trial": tune.grid_search([trial.label for trial in trials])},
-        tune_config=tune.TuneConfig(metric="loss", mode="min", max_concurrent_trials=concurrent, scheduler=rule),
-        run_config=tune.RunConfig(
-            name=name, storage_path=str(folder), verbose=0, failure_config=tune.FailureConfig(max_failures=2)
-        ),
-    ).fit()
+    try:
+        results = tune.Tuner(
+            tune.with_resources(trainable, tune.PlacementGroupFactory([{"memory": 1}])),  # a trial waits for its actor
+            param_space={"trial": tune.grid_search([trial.label for trial in trials])},
+            tune_config=tune.TuneConfig(metric="loss", mode="min", max_concurrent_trials=concurrent, scheduler=rule),
+            run_config=tune.RunConfig(
+                name=name, storage_path=str(folder), verbose=0, failure_config=tune.FailureConfig(max_failures=2)
+            ),
+        ).fit()
+    finally:
+        for engine in kept:
+            ray.kill(engine)
     ended = [results[number] for number in range(len(results))]
     return [str((result.config or {})["trial"]) for result in ended if result.error]
 
 
-def _trial(point: dict[str, str], trials: dict[str, Trial], cluster: Cluster, lines: Queue) -> None:
+def _trial(point: dict[str, str], trials: dict[str, Trial], cluster: Cluster, lines: Queue, engines: list[Any]) -> None:
     """Tune's side of a trial: every loss of its optimisation, as it comes."""
     trial = trials[point["trial"]]
     actor = Optimiser.options(scheduling_strategy="DEFAULT").remote()  # type: ignore[attr-defined]
     try:
-        for loss in actor.run.remote(trial, cluster, lines):
+        for loss in actor.run.remote(trial, cluster, lines, engines):
             tune.report({"loss": ray.get(loss)})
     finally:
         ray.kill(actor)
@@ -200,7 +208,7 @@ def _trial(point: dict[str, str], trials: dict[str, Trial], cluster: Cluster, li
 class Optimiser:
     """One optimisation. An actor, since what an actor reserved is given back when it is killed."""
 
-    def run(self, trial: Trial, cluster: Cluster, lines: Queue) -> Iterator[float]:
+    def run(self, trial: Trial, cluster: Cluster, lines: Queue, engines: list[Any]) -> Iterator[float]:
         """The reference loss after every training."""
         found: SimpleQueue[float | None] = SimpleQueue()
         console = Console(file=cast(IO[str], _Lines(lines, trial.label)), width=LINE)
@@ -219,7 +227,7 @@ class Optimiser:
             store = Store(config.root, notices(console))
             with Display(console) as display:
                 patient = config.model_copy(update={"resources": resources})
-                method_of(patient, cluster, store, display, happened).run()
+                method_of(patient, cluster, store, display, happened, engines).run()
 
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(optimise)

@@ -45,7 +45,6 @@ def start_engine(
     *,
     max_tokens: int,
     memory: float,
-    seed: int,
     gpus: int,
     precision: Literal["bf16", "fp32"] = "bf16",
 ) -> LLM:
@@ -55,7 +54,6 @@ def start_engine(
         folder: a model and its tokenizer in the transformers format.
         max_tokens: longest prompt and answer together, in tokens; at most what the model was made for.
         memory: share of the GPU, or GiB of key-value cache on a CPU; 0 takes 0.85 or 1.
-        seed: of sampling, for tasks that ask for it.
         gpus: that the model is divided among; 0: on the CPU.
         precision: of weights and arithmetic.
 
@@ -80,7 +78,6 @@ def start_engine(
             max_model_len=min(max_tokens, longest),
             enforce_eager=not gpus,
             tensor_parallel_size=max(1, gpus),
-            seed=seed,
             disable_log_stats=True,
             additional_config={"tensors": _tensors(folder)},
             **(
@@ -150,12 +147,13 @@ class VllmModel(TemplateLM):  # type: ignore[misc]
 
     Args:
         llm: a running engine.
+        seed: of sampling, for tasks that ask for it; what the engine did before doesn't matter.
         progress: called with requests finished and requests in all, as they finish; may be exchanged.
     """
 
-    def __init__(self, llm: LLM, progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(self, llm: LLM, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> None:
         super().__init__()
-        self.llm = llm
+        self.llm, self.seed = llm, seed
         self.progress = progress
         self.tokenizer: Any = llm.get_tokenizer()
 
@@ -207,12 +205,13 @@ class VllmModel(TemplateLM):  # type: ignore[misc]
         from vllm import SamplingParams
 
         prompts, settings, stops = [], [], []
-        for context, given in (request.args for request in requests):
+        for number, (context, given) in enumerate(request.args for request in requests):
             wanted: dict[str, Any] = dict(normalize_gen_kwargs(given, default_max_gen_toks=self.max_gen_toks))
             until = handle_stop_sequences(wanted.pop("until", None), eos=self.tok_decode([self.eot_token_id]))
             new_tokens = min(int(wanted.pop("max_gen_toks")), self.max_length - 1)
             wanted.pop("do_sample", None)
-            wanted.setdefault("temperature", 0.0)
+            if wanted.setdefault("temperature", 0.0) > 0:
+                wanted.setdefault("seed", self.seed + number)
             prompt, new_tokens = maybe_truncate(
                 self.tok_encode(context), max_gen_toks=new_tokens, max_model_len=self.max_length
             )

@@ -54,7 +54,9 @@ def weights(
         held_out = [[r[i] for i in part] for r, part in zip(references.values(), next(compared)[1], strict=True)]
         items = [[pool[i] for i in chosen] for pool, chosen in zip(pools.values(), drawn, strict=True)]
         gradients = torch.stack([gradient(proxy, part) for part in items])
-        wanted = gradient(proxy, [each for part in held_out for each in part], per_token(held_out, np.ones(len(held_out))))
+        wanted = gradient(
+            proxy, [each for part in held_out for each in part], per_token(held_out, np.ones(len(held_out)))
+        )
         alpha = moved(alpha, scores(gradients, wanted, step.rate) / mu)
         along = torch.tensor(alpha, dtype=gradients.dtype, device=gradients.device) @ gradients
         sizes = [flat.gradient.numel() for flat in (proxy.matrices, proxy.vectors)]

@@ -38,7 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def start(folder: Path) -> VllmModel:
-    return VllmModel(start_engine(folder, max_tokens=4 * MAX_TOKENS, memory=0.25, seed=0, gpus=0))
+    return VllmModel(start_engine(folder, max_tokens=4 * MAX_TOKENS, memory=0.25, gpus=0))
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_a_checkpoint_that_is_broken_or_of_another_model_is_refused(
 
 def test_a_folder_without_a_model_starts_no_engine(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="vLLM can't serve this model"):
-        start_engine(tmp_path, max_tokens=64, memory=0.25, seed=0, gpus=0)
+        start_engine(tmp_path, max_tokens=64, memory=0.25, gpus=0)
 
 
 def test_answers_stop_where_they_are_told_to(model: VllmModel, folders: dict[str, Path]) -> None:
