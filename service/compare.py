@@ -46,17 +46,29 @@ def compare(
         BadInput: something in a config doesn't hold.
         StageFailed: a run broke; the others ended.
     """
+    trials = trials_of(path, overrides, methods, also, seeds)
+    found = run_trials(trials, console, concurrent=concurrent, stop_behind=False, kind="comparison")
+    compare_report.present(found, console, base=BASE)
+
+
+def trials_of(
+    path: str | Path, overrides: list[str] | None, methods: Sequence[str], also: Sequence[str], seeds: int
+) -> list[Trial]:
+    """Every method with every seed, seed by seed: where it is stopped, whole seeds are done.
+
+    Raises:
+        BadInput: a config that doesn't hold, or one run twice.
+    """
     base = load(path, overrides)
     entries = rows(base, methods, also)
     trials: dict[str, Trial] = {}
-    for label, settings in entries.items():
-        for seed in range(base.seed, base.seed + seeds):
+    for seed in range(base.seed, base.seed + seeds):
+        for label, settings in entries.items():
             config = load(path, [*(overrides or []), *settings, f"seed={seed}"])
             if run_key(config) in trials:
                 raise BadInput("compare", f"{label} is the same as {trials[run_key(config)].label}", "leave one out")
             trials[run_key(config)] = Trial(f"{label}, seed {seed}", {"row": label, "seed": str(seed)}, config)
-    found = run_trials(list(trials.values()), console, concurrent=concurrent, stop_behind=False, kind="comparison")
-    compare_report.present(found, console, base=BASE)
+    return list(trials.values())
 
 
 def rows(config: Config, methods: Sequence[str], also: Sequence[str]) -> dict[str, list[str]]:

@@ -33,16 +33,18 @@ def rows(outcome: Outcome) -> Rows:
     """The results table: a column for each mixture that was trained."""
     iterations = outcome.iterations
     domains = list(iterations[0].volumes)
-    groups: Rows = [
-        ("volume (examples)", [[d, *(str(i.volumes[d]) for i in iterations)] for d in domains]),
-        ("β, the next change", [[d, *(_beta(i, n) for i in iterations)] for n, d in enumerate(domains)]),
-        ("influence of more, largest = 1", [[d, *(_value(i, n) for i in iterations)] for n, d in enumerate(domains)]),
-        (
-            "reference loss (nats per token)",
-            [[d, *(f"{i.reference.result[d]['loss']:.4f}" for i in iterations)] for d in domains]
-            + [["objective", *(f"{i.loss:.4f}" for i in iterations)]],
-        ),
-    ]
+    groups: Rows = [("volume (examples)", [[d, *(str(i.volumes[d]) for i in iterations)] for d in domains])]
+    if not iterations[0].method:
+        groups += [
+            ("β, the next change", [[d, *(_beta(i, n) for i in iterations)] for n, d in enumerate(domains)]),
+            (
+                "influence of more, largest = 1",
+                [[d, *(_value(i, n) for i in iterations)] for n, d in enumerate(domains)],
+            ),
+        ]
+    losses = [[d, *(f"{i.reference.result[d]['loss']:.4f}" for i in iterations)] for d in domains]
+    losses.append(["objective", *(f"{i.loss:.4f}" for i in iterations)])
+    groups.append(("reference loss (nats per token)", losses))
     scored = next((i.benchmark.result for i in iterations if i.benchmark), None)
     if scored:
         cells = [[name, *(_score(i, name) for i in iterations)] for name in scored]
@@ -184,7 +186,7 @@ def _markdown(config: Config, outcome: Outcome, pictures: list[str], found_pairs
         lines += ["| " + " | ".join(row) + " |" for row in cells] + [""]
     lines += [f"![{name}]({name}.png)\n" for name in pictures]
     lines += _who_helps_whom(found_pairs) if found_pairs else []
-    lines += _curvature(config, outcome)
+    lines += [] if outcome.iterations[0].method else _curvature(config, outcome)
     lines += [
         "## Data",
         "",

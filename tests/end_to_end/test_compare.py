@@ -1,0 +1,111 @@
+"""``ideal compare`` from its first line to its last: every method, killed in the middle and started again."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+
+from tests.command import Command, Ended
+from tests.end_to_end.tiny_run import VOLUMES, make_tree
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+COMPARE = ("compare", "--seeds", "1")
+ROWS = [
+    "joint",
+    "uniform",
+    *(f"specific {domain}" for domain in VOLUMES),
+    "random",
+    "doremi",
+    "doge",
+    "merge",
+    "regmix",
+]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    tree = make_tree(tmp_path_factory.mktemp("inputs"))
+    tree["sft"]["epochs"], tree["equilibrium"]["iterations"] = 1, 1
+    tree["resources"]["sft_workers"] = 1
+    tree["methods"] = {"regmix_runs": 8, "merge_candidates": 4}
+    made = Command(tmp_path_factory.mktemp("compare"), tree)
+    yield made
+    made.clean()
+
+
+@pytest.fixture(scope="module")
+def compared(command: Command) -> Ended:
+    """Killed while RegMix tries its mixtures, and started again."""
+    process = command.start(*COMPARE)
+    command.wait_for(lambda: command.records("retraining"), process, seconds=900)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert command.alone(30), command.processes()
+    before = command.records()
+    ended = command(*COMPARE)
+    after = command.records()
+    assert {path: after.get(path) for path in before} == before, "a recorded stage ran again"
+    return ended
+
+
+def test_every_method_is_trained_and_scored_on_the_same_total(command: Command, compared: Ended) -> None:
+    assert compared.status == 0, compared.output
+    assert "Traceback" not in compared.output
+    (folder,) = (command.storage / "comparisons").iterdir()
+    found = json.loads((folder / "compare.json").read_text())
+    rows = {row["label"]: row for row in found["rows"]}
+    assert list(rows) == ROWS
+    for row in rows.values():
+        assert sum(row["volumes"].values()) == sum(VOLUMES.values())
+        assert set(row["scores"]) == {"sums", "words"}
+    assert rows["joint"]["volumes"] == VOLUMES
+    assert max(rows["uniform"]["volumes"].values()) - min(rows["uniform"]["volumes"].values()) <= 1
+    with (folder / "runs.csv").open() as file:
+        assert [row["method"] for row in csv.DictReader(file)] == list(rows)
+    assert (folder / "compare.md").exists()
+
+
+def test_methods_share_what_they_can(command: Command, compared: Ended) -> None:
+    """Joint SFT is D0 and DoReMi's reference; the three Specific SFTs are what is merged."""
+    counts = {kind: len(command.records(kind)) for kind in ("doremi", "doge", "merged", "retraining", "influence")}
+    assert counts == {"doremi": 1, "doge": 1, "merged": 1, "retraining": 8, "influence": 1}
+    assert len(command.records("sft")) <= 1 + 1 + 3 + 5 + 1  # joint, uniform, specific, five chosen ones, D1
+    (folder,) = (command.storage / "comparisons").iterdir()
+    spent = {row["label"]: row["search_share"] for row in json.loads((folder / "compare.json").read_text())["rows"]}
+    assert spent["joint"] == spent["uniform"] == spent["random"] == spent["specific sums"] == 0
+    assert spent["doremi"] > 3  # the reference's SFT, and the proxy's steps by two models forward and one backward
+    assert spent["doge"] > 1
+    assert spent["merge"] > 2
+    assert spent["regmix"] == pytest.approx(2, rel=0.4)  # eight runs of a quarter
+    assert spent["equilibrium"] > 1
+
+
+def test_mlflow_has_one_comparison_with_a_run_for_each_method(command: Command, compared: Ended) -> None:
+    client = MlflowClient(f"sqlite:///{command.storage / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("ideal").experiment_id])
+    (top,) = [run for run in runs if MLFLOW_PARENT_RUN_ID not in run.data.tags]
+    assert top.data.tags[MLFLOW_RUN_NAME] == "tiny comparison"
+    below = [run for run in runs if run.data.tags.get(MLFLOW_PARENT_RUN_ID) == top.info.run_id]
+    assert {run.data.tags[MLFLOW_RUN_NAME] for run in below} == {
+        f"tiny {row}, seed 0" for row in [*ROWS, "equilibrium"]
+    }
+    assert all("score" in run.data.metrics for run in below)
+
+
+def test_one_method_by_itself_is_a_run_that_is_there_already(command: Command, compared: Ended) -> None:
+    one = command("run", "--set", "method=doremi")
+    assert one.status == 0, one.output
+    assert "nothing to do" in one.output
+    assert "the mixture that `doremi` chose is trained" in one.output
+    assert "influence of more" not in one.output
+
+
+def test_nothing_is_left_running(command: Command, compared: Ended) -> None:
+    assert command.alone(60), command.processes()
