@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ideal.config import Config, Section, Source
+from ideal.config import Config
+from ideal.config_inputs import Section, Source
 from ideal.errors import BadInput
 from ideal.roots import stay_inside
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ideal.chat import ChatEncoder, Example, Message, Unusable
-from ideal.config import Config, Source
+from ideal.config import Config
+from ideal.config_inputs import Source
 from ideal.errors import BadInput
 from ideal.examples import ExampleSet
 from ideal.sources import messages, rows

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ideal.batches import IGNORED, Batch
-from ideal.config import ModelConfig
+from ideal.config_inputs import ModelConfig
 from ideal.errors import BadInput
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

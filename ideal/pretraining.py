@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ideal.chat import ChatEncoder, Message
-from ideal.config import MadeModel, SftConfig
+from ideal.config import SftConfig
+from ideal.config_inputs import MadeModel
 from ideal.examples import ExampleSet
 from ideal.sources import messages, rows
 from ideal.training import Trainer, plan, train

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
 
-from ideal.config import Config, Source
+from ideal.config import Config
+from ideal.config_inputs import Source
 from ideal.errors import BadInput
 
 ROOTS = "IDEAL_ROOTS"

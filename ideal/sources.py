@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ideal.chat import Message, Unusable
-from ideal.config import Source
+from ideal.config_inputs import Source
 from ideal.errors import BadInput
 from ideal.mixture import seeded
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from ideal.benchmarks.evaluation import evaluate
-from ideal.config import BenchmarkConfig, Config
+from ideal.config import Config
+from ideal.config_inputs import BenchmarkConfig
 from service.cluster import Cluster, Reservation
 from service.data import MODEL
 from service.progress import Reporter

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ideal.benchmarks import tasks
 from ideal.chat import ChatEncoder, Unusable
-from ideal.config import Config, Source
+from ideal.config import Config
+from ideal.config_inputs import Source
 from ideal.domains import prepare, starting_volumes
 from ideal.errors import BadInput
 from ideal.model import load_tokenizer, local_folder, read_template, shapes, smollm2_tokenizer

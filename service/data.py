@@ -12,7 +12,8 @@ import torch
 
 from ideal.benchmarks import tasks
 from ideal.chat import ChatEncoder
-from ideal.config import Config, ModelConfig, Source
+from ideal.config import Config
+from ideal.config_inputs import ModelConfig, Source
 from ideal.domains import Domain, prepare
 from ideal.model import load_tokenizer, local_folder, materialise, read_template
 from ideal.pretraining import pretrain

@@ -21,7 +21,8 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ideal import model as models
-from ideal.config import Config, Source
+from ideal.config import Config
+from ideal.config_inputs import Source
 from ideal.curvature.joint import at_once
 from ideal.curvature.layers import input_group
 from ideal.errors import BadInput

@@ -15,7 +15,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks.manager import TaskDict
 
 from ideal.benchmarks import tasks
-from ideal.config import BenchmarkConfig
+from ideal.config_inputs import BenchmarkConfig
 from ideal.errors import BadInput
 
 SEED = 1234

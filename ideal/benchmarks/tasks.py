@@ -19,7 +19,7 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks.manager import TaskDict
 
 from ideal.benchmarks import code_eval, procedural, sandbox
-from ideal.config import BenchmarkConfig
+from ideal.config_inputs import BenchmarkConfig
 from ideal.errors import BadInput
 
 FEWSHOT_SEED = 1234  # lm-eval's

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ideal.chat import ChatEncoder, Unusable
-from ideal.config import Config, Source
+from ideal.config import Config
 from ideal.config_file import load, parse
+from ideal.config_inputs import Source
 from ideal.errors import BadInput
 from ideal.model import load_tokenizer
 from ideal.sources import messages, rows

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ideal.chat import ChatEncoder
-from ideal.config import MadeModel, Source
+from ideal.config_inputs import MadeModel, Source
 from ideal.model import load_model, load_tokenizer
 from ideal.pretraining import pretrain
 

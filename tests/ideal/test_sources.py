@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ideal.chat import Unusable
-from ideal.config import Source
+from ideal.config_inputs import Source
 from ideal.errors import BadInput
 from ideal.sources import messages, rows
 

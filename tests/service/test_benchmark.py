@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from ideal.config import BenchmarkConfig, Config
+from ideal.config import Config
+from ideal.config_inputs import BenchmarkConfig
 from service.benchmark import Benchmarks, dealt
 from service.cluster import Cluster
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ideal.benchmarks.evaluation import evaluate
-from ideal.config import BenchmarkConfig
+from ideal.config_inputs import BenchmarkConfig
 from ideal.errors import BadInput
 from service.vllm_model import VllmModel, reload, start_engine
 from tests.tiny import MAX_TOKENS, make_model

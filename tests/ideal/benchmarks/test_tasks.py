@@ -14,7 +14,7 @@ from lm_eval.api.model import LM
 
 from ideal.benchmarks import code_eval, sandbox, tasks
 from ideal.benchmarks.evaluation import Score, evaluate
-from ideal.config import BenchmarkConfig
+from ideal.config_inputs import BenchmarkConfig
 from ideal.errors import BadInput
 
 
