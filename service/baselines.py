@@ -51,15 +51,24 @@ class Baseline(Mixtures):
 
     def trained(self, volumes: Mapping[str, int]) -> Record:
         """SFT of θ₀ on a mixture, as the final one."""
-        alone = [domain for domain, volume in volumes.items() if volume == self.problem.total]
-        return self._tried(self.sft(dict(volumes), *(alone or ["joint"])))
+        alone = (domain for domain, volume in volumes.items() if volume == self.problem.total)
+        return self._tried(self.sft(dict(volumes), next(alone, "joint")))
 
     def short(self, mixtures: Sequence[Mapping[str, int]]) -> list[dict[str, float]]:
         """Each reference set's loss after SFT on each of some small mixtures, several at a time."""
         config = self.config
-        with retrainers(config, self.cluster, self.base.folder, self.data.folder) as submit:
-            futures = [submit(self._short(number, dict(mixture))) for number, mixture in enumerate(mixtures)]
-            return [losses_after(self._tried(future.result())) for future in futures]
+        volumes = [dict(mixture) for mixture in mixtures]
+        stages = [training_stage(config, config.seed, each, self.base, self.data) for each in volumes]
+        if self.store.missing(stages):
+            with retrainers(config, self.cluster, self.base.folder, self.data.folder) as submit:
+                for future in [submit(self._short(*each)) for each in enumerate(volumes)]:
+                    future.result()
+        losses = []
+        for stage in stages:
+            record = self.store.find(stage)
+            assert record is not None
+            losses.append(losses_after(self._tried(record)))
+        return losses
 
     def _short(self, number: int, volumes: dict[str, int]) -> Piece:
         seed = self.config.seed

@@ -18,7 +18,7 @@ import platform
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -153,6 +153,10 @@ class Store:
         record = json.loads(path.read_text())
         return Record(stage.kind, stage.fingerprint, folder, record["result"], record["seconds"], fresh=False)
 
+    def missing(self, stages: Iterable[Stage]) -> list[Stage]:
+        """Those that must still run."""
+        return [stage for stage in stages if self.find(stage) is None]
+
     def _write(self, stage: Stage, folder: Path, result: dict[str, Any], started: float) -> None:
         shutil.rmtree(folder / WORK, ignore_errors=True)
         files = {
@@ -198,10 +202,20 @@ class Records(Store):
         Raises:
             Unfinished: there is none.
         """
+        self.missing([stage])
         found = self.find(stage)
-        if found is None:
-            raise Unfinished(stage.kind)
+        assert found is not None
         return found
+
+    def missing(self, stages: Iterable[Stage]) -> list[Stage]:
+        """None.
+
+        Raises:
+            Unfinished: there is one.
+        """
+        for stage in super().missing(stages):
+            raise Unfinished(stage.kind)
+        return []
 
 
 def _clear(folder: Path) -> None:

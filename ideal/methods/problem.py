@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ideal.config import Config
+from ideal.errors import BadInput
 from ideal.mixture import round_volumes, seeded
 
 Array = npt.NDArray[np.float64]
@@ -78,7 +79,7 @@ class Problem:
         return np.asarray(drawn, float)
 
     def objective(self, losses: Mapping[str, float]) -> float:
-        """What is minimised: the mean over reference sets."""
+        """What is minimised: the mean over reference sets, whatever ``equilibrium.objective``."""
         return float(np.mean([losses[domain] for domain in self.volumes]))
 
 
@@ -86,10 +87,14 @@ def fill(shares: Array, total: int, low: Array, high: Array) -> Array:
     """[M] v_j = clip(c·shares_j, low_j, high_j) with the c for which they sum to ``total``, found by bisection.
 
     Raises:
-        ValueError: the limits leave no such volumes.
+        BadInput: the limits leave no such volumes.
     """
     if not low.sum() <= total <= high.sum():
-        raise ValueError(f"no volumes between {low.sum():g} and {high.sum():g} sum to {total}")
+        raise BadInput(
+            "equilibrium",
+            f"floor and max_copies ask for {low.sum():g} to {high.sum():g} examples, D0 has {total}",
+            "widen them, or change the volumes",
+        )
     shares = np.maximum(shares, 1e-12)
     bottom, top = 0.0, float((high / shares).max())
     for _ in range(200):

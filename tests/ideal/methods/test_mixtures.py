@@ -15,6 +15,7 @@ from torch import nn
 
 from ideal.config import Config
 from ideal.config_file import parse
+from ideal.errors import BadInput
 from ideal.methods import METHODS, merge, regmix
 from ideal.methods.problem import Problem, fill
 
@@ -160,5 +161,5 @@ def test_volumes_fill_up_in_proportion_within_their_limits(shares: list[float], 
 
 
 def test_limits_that_cant_be_met_are_refused() -> None:
-    with pytest.raises(ValueError, match="sum to 100"):
+    with pytest.raises(BadInput, match="2 to 80 examples, D0 has 100"):
         fill(np.ones(2), 100, np.ones(2), np.full(2, 40.0))
