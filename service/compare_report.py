@@ -227,7 +227,10 @@ def _cells(found: dict[str, Any]) -> list[list[str]]:
         compared = ["", ""]
         if row is not base:
             relative = against["mean"] / base["overall"]["mean"] if base["overall"]["mean"] else math.nan
-            compared = [f"{against['mean']:+.3f}{_within(against, '+.3f')} ({relative:+.1%})", f"{against['p']:.2g}"]
+            compared = [
+                f"{against['mean']:+.3f}{_within(against, '+.3f')} ({relative:+.1%})",
+                "" if math.isinf(against["low"]) else f"{against['p']:.2g}",
+            ]
         lines.append(
             [
                 row["label"],

@@ -26,6 +26,7 @@ ROWS = [
     "doge",
     "merge",
     "regmix",
+    "equilibrium",
 ]
 
 
@@ -83,7 +84,7 @@ def test_methods_share_what_they_can(command: Command, compared: Ended) -> None:
     assert spent["doremi"] > 3  # the reference's SFT, and the proxy's steps by two models forward and one backward
     assert spent["doge"] > 1
     assert spent["merge"] > 2
-    assert spent["regmix"] == pytest.approx(2, rel=0.4)  # eight runs of a quarter
+    assert 1 < spent["regmix"] < 4  # eight runs of a quarter of the examples, some of them longer
     assert spent["equilibrium"] > 1
 
 

@@ -136,6 +136,13 @@ def test_names_stand_once_and_blocks_are_not_empty() -> None:
     refused(tree(domains=tree()["domains"][:1]), "domains: ")
 
 
+def test_a_method_that_cant_work_is_refused() -> None:
+    refused(tree(method="specific"), "`method: specific` needs methods.domain")
+    refused(tree(methods={"domain": "cooking"}), "no domain is called 'cooking'; math,")
+    refused(tree(method="doge", sft={"batch_examples": 1}), "sft.batch_examples of 2, one for each domain")
+    refused(tree(method="bayes"), "method:")
+
+
 def test_relative_paths_are_taken_from_the_configs_folder(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = tree(model={"source": "./m", "chat_template": "t.jinja"})
     made["domains"][0]["train"] = {"files": ["data/*.jsonl", "/abs/x.json"]}

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from ideal.config import Config
 from ideal.config_inputs import BenchmarkConfig
-from service.benchmark import Benchmarks, dealt
+from service.benchmark import Benchmarks, dealt, fits_all
+from service.benchmark import engines as engines_of
 from service.cluster import Cluster
 
 SIZES = {"a": 6, "b": 3, "c": 2}
@@ -28,6 +30,16 @@ def test_every_benchmark_goes_to_one_engine_and_none_is_idle() -> None:
     assert dealt([benchmark("a", 9, limit=1), *all_three[1:]], 2)[0][0].name == "b", "a limit counts"
 
 
+def test_runs_share_an_engine_where_nothing_of_it_differs(config: Config) -> None:
+    def changed(**update: Any) -> Config:
+        return config.model_copy(update=update)
+
+    assert fits_all([config, changed(seed=7, method="uniform")])
+    assert not fits_all([config, changed(allow_code_execution=True)])
+    assert not fits_all([config, changed(benchmarks=[benchmark("a", 6)])])
+    assert not fits_all([config, changed(sft=config.sft.model_copy(update={"precision": "fp32"}))])
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_two_engines_score_as_one(config: Config, base: Path, tmp_path: Path) -> None:
     update = {
@@ -43,6 +55,13 @@ def test_two_engines_score_as_one(config: Config, base: Path, tmp_path: Path) ->
             found.append(made.score(tmp_path, checkpoint=base, progress=lambda *_: None))  # type: ignore[arg-type]
         finally:
             made.release()
-    assert found[0] == found[1]
+        if engines == 1:
+            shared = engines_of(config, cluster)
+            for _ in range(2):  # as two runs of a sweep
+                run = Benchmarks(config, cluster, shared)
+                found.append(run.score(tmp_path, checkpoint=base, progress=lambda *_: None))  # type: ignore[arg-type]
+                run.release()
+            ray.kill(shared[0])
+    assert found[0] == found[1] == found[2] == found[3]
     assert list(found[1]) == list(SIZES)
     assert {name: score["items"] for name, score in found[1].items()} == SIZES

@@ -115,7 +115,7 @@ def test_one_seed_has_no_interval(findings: Findings, tmp_path: Path) -> None:
     kept = [n for n, trial in enumerate(findings.trials) if trial.values["seed"] == "0"]
     one = Findings([findings.trials[n] for n in kept], [findings.outcomes[n] for n in kept], 1.0, set())
     text = compare_report.write(tmp_path / "report", compare_report.summary(one, "joint")).read_text()
-    assert "| uniform | 0.300 | 0.500 | 0.400 | +0.100 (+33.3%) | 1 |" in text
+    assert "| uniform | 0.300 | 0.500 | 0.400 | +0.100 (+33.3%) |  |" in text
     assert "Means over 1 seed;" in text
 
 

@@ -123,6 +123,17 @@ def stages(config: Config) -> dict[str, str]:
     return {stage.kind: stage.fingerprint for stage in store.asked}
 
 
+def test_what_is_missing(tmp_path: Path) -> None:
+    """A store says what must run; one that runs nothing says that it can't."""
+    first, second = Stage("data", {"n": 1}, {}), Stage("data", {"n": 2}, {})
+    store = Store(tmp_path)
+    store.run(first, lambda folder: {})
+    assert store.missing([first, second]) == [second]
+    assert Records(tmp_path).missing([first]) == []
+    with pytest.raises(Unfinished):
+        Records(tmp_path).missing([first, second])
+
+
 def test_where_and_how_fast_changes_no_stage(config: Config) -> None:
     """The same run on another cluster, with another tracking server, takes the records there are."""
     resources = config.resources.model_copy(

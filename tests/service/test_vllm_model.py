@@ -174,6 +174,17 @@ def test_answers_stop_where_they_are_told_to(model: VllmModel, folders: dict[str
     assert len(generate(model, LONG * 9)) == 2
 
 
+def test_a_sampled_answer_hangs_on_its_seed_and_not_on_what_was_asked_before(model: VllmModel) -> None:
+    def sampled(seed: int) -> list[str]:
+        return generate(VllmModel(model.llm, seed), temperature=1.0, do_sample=True)
+
+    first = sampled(0)
+    assert first[0] != first[1], "two samples of one prompt differ"
+    assert first != sampled(1)
+    generate(model)
+    assert sampled(0) == first
+
+
 def test_lm_eval_scores_it_and_hears_how_far_it_is(model: VllmModel) -> None:
     benchmark = BenchmarkConfig(
         name="spell", reasoning_gym="spell_backward", size=8, seed=3, max_new_tokens=4, num_fewshot=1
