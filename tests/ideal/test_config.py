@@ -90,7 +90,7 @@ def sections(section: type[Section]) -> set[type[Section]]:
 
 
 def test_every_field_is_documented() -> None:
-    assert len(sections(Config)) == 12
+    assert len(sections(Config)) == 13
     for section in sections(Config):
         assert section.__doc__
         for name, field in section.model_fields.items():
@@ -138,7 +138,7 @@ def test_names_stand_once_and_blocks_are_not_empty() -> None:
 
 def test_a_method_that_cant_work_is_refused() -> None:
     refused(tree(method="specific"), "`method: specific` needs methods.domain")
-    refused(tree(methods={"domain": "cooking"}), "no domain is called 'cooking'; math,")
+    refused(tree(methods={"domain": "cooking"}), "there is no domain 'cooking'; there are math, code")
     refused(tree(method="doge", sft={"batch_examples": 1}), "sft.batch_examples of 2, one for each domain")
     refused(tree(method="bayes"), "method:")
 
