@@ -138,6 +138,7 @@ class Benchmarks:
                 )
         except Exception:
             self.release()
+            self.shared = ()  # they may be gone for good; another try has engines of its own
             raise
         if not self.cluster.keep_engine:
             self.release()
