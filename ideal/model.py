@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
 from ideal.batches import IGNORED, Batch
-from ideal.config_inputs import ModelConfig
+from ideal.config_inputs import MadeModel, ModelConfig
 from ideal.errors import BadInput
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HEAD_WIDTH = 32
+"""Of a model that is made: the smallest that vLLM's attention on CPU takes."""
 
 
 def materialise(config: ModelConfig, folder: Path) -> None:
@@ -144,11 +146,29 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def made_shapes(made: MadeModel, max_tokens: int) -> LlamaConfig:
+    """The layers and widths of a model that the project makes; its tokenizer may have fewer entries."""
+    heads = made.hidden // HEAD_WIDTH
+    return LlamaConfig(
+        vocab_size=made.vocabulary,
+        hidden_size=made.hidden,
+        intermediate_size=3 * made.hidden,
+        num_hidden_layers=made.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        head_dim=HEAD_WIDTH,
+        max_position_embeddings=max(512, 2 * max_tokens),
+        tie_word_embeddings=True,
+    )
+
+
 def shapes(config: ModelConfig) -> Any:
     """The model's configuration (layers, widths), without weights; None where only a hub has it that doesn't answer."""
     try:
         if config.source == "smollm2":
             return AutoConfig.from_pretrained(_smollm2_wheel(), gguf_file=SMOLLM2_FILE)
+        if config.made:
+            return made_shapes(config.made, config.max_tokens)
         return AutoConfig.from_pretrained(local_folder(config) or config.source, revision=config.revision)
     except BadInput:
         raise

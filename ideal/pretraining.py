@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ideal.chat import ChatEncoder, Message
 from ideal.config import SftConfig
 from ideal.config_inputs import MadeModel
 from ideal.examples import ExampleSet
+from ideal.model import made_shapes
 from ideal.sources import messages, rows
 from ideal.training import Trainer, plan, train
 
@@ -29,8 +30,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-HEAD_WIDTH = 32
-"""The smallest that vLLM's attention on CPU takes."""
 CORPUS = "corpus"
 
 
@@ -106,20 +105,10 @@ def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast
 
 def make_weights(made: MadeModel, tokenizer: PreTrainedTokenizerBase, folder: Path, max_tokens: int) -> None:
     """A random Llama of these shapes into ``folder``."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=made.hidden,
-        intermediate_size=3 * made.hidden,
-        num_hidden_layers=made.layers,
-        num_attention_heads=made.hidden // HEAD_WIDTH,
-        num_key_value_heads=max(1, made.hidden // HEAD_WIDTH // 2),
-        head_dim=HEAD_WIDTH,
-        max_position_embeddings=max(512, 2 * max_tokens),
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = made_shapes(made, max_tokens)
+    config.vocab_size = len(tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(made.seed)
         LlamaForCausalLM(config).save_pretrained(folder)  # type: ignore[no-untyped-call]

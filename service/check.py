@@ -43,7 +43,9 @@ def dry_run(config: Config, console: Console) -> None:
     tasks.check(config.benchmarks, allow_code_execution=config.allow_code_execution)
     console.print(f"✓ {len(config.benchmarks)} benchmarks: {', '.join(b.name for b in config.benchmarks)}")
     tokenizer = _tokenizer(config)
-    if tokenizer is None:
+    if tokenizer is None and config.model.made:
+        console.print("✓ model: the run makes it, and its tokenizer")
+    elif tokenizer is None:
         elsewhere.append(f"model.source: {config.model.source} needs the hub, which doesn't answer here")
     encoder = ChatEncoder(tokenizer, config.model.max_tokens) if tokenizer else None
     if encoder:
@@ -178,6 +180,9 @@ def _print_plan(found: Plan, config: Config, machine: cluster.Cluster, console: 
 
 
 def _print_stages(config: Config, console: Console) -> None:
+    if config.method != "equilibrium":
+        console.print(f"  {config.method}: its mixture → SFT → reference loss → benchmarks")
+        return
     for number in range(config.equilibrium.iterations + 1):
         last = number == config.equilibrium.iterations
         console.print(f"  D{number}: SFT → reference loss → {'' if last else 'influence, '}benchmarks")

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ideal import pretraining
-from ideal.pretraining import HEAD_WIDTH
+from ideal.model import HEAD_WIDTH
 
 MAX_TOKENS = 512
 

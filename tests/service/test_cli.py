@@ -206,6 +206,16 @@ def test_shipped_configs_can_be_checked_anywhere(name: str, tmp_path: Path, caps
     assert not list(tmp_path.rglob("stage.json"))
 
 
+@pytest.mark.usefixtures("nothing_starts")
+def test_a_dry_run_of_a_model_that_is_made_knows_its_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ("--set", f"storage={tmp_path}", "--set", "method=doge")
+    assert guarded(["run", str(CONFIGS / "study.yaml"), "--dry-run", *overrides]) == 0
+    out = capsys.readouterr().out
+    for line in ("the run makes it", "✓ memory: SFT 0.", "doge: its mixture → SFT", "Ready to run."):
+        assert line in out
+    assert "D1: SFT" not in out
+
+
 def test_the_template_names_fields_that_exist() -> None:
     """Its files are the user's, its fields are ours."""
     assert load(CONFIGS / "your-data.yaml").name == "my-mixture"
