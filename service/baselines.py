@@ -61,7 +61,8 @@ class Baseline(Mixtures):
         stages = [training_stage(config, config.seed, each, self.base, self.data) for each in volumes]
         if self.store.missing(stages):
             with retrainers(config, self.cluster, self.base.folder, self.data.folder) as submit:
-                for future in [submit(self._short(*each)) for each in enumerate(volumes)]:
+                pieces = [self._short(n, *each) for n, each in enumerate(zip(stages, volumes, strict=True))]
+                for future in [submit(piece) for piece in pieces]:
                     future.result()
         losses = []
         for stage in stages:
@@ -70,9 +71,8 @@ class Baseline(Mixtures):
             losses.append(losses_after(self._tried(record)))
         return losses
 
-    def _short(self, number: int, volumes: dict[str, int]) -> Piece:
+    def _short(self, number: int, stage: Stage, volumes: dict[str, int]) -> Piece:
         seed = self.config.seed
-        stage = training_stage(self.config, seed, volumes, self.base, self.data)
         return lambda actor: self.stage(stage, f"mixture {number}", training(actor, volumes, seed, keep=False))
 
     def merged(self, models: Sequence[Record], shares: Sequence[Sequence[float]]) -> list[dict[str, float]]:

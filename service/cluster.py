@@ -119,7 +119,11 @@ def connect(config: Config) -> Cluster:
     if not ray.is_initialized():
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         try:
-            ray.init(address=address or "local", num_cpus=None if address else own_cpus(), **options)
+            if address:
+                ray.init(address=address, **options)
+            else:
+                kept = {"num_workers_soft_limit": own_cpus()}  # idle processes; else they go whenever actors work
+                ray.init(address="local", num_cpus=own_cpus(), _system_config=kept, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             where = f"no Ray answers at {address}" if address else "Ray doesn't start"
             raise BadInput(

@@ -23,8 +23,7 @@ from ideal.examples import ExampleSet
 from ideal.methods import doge as doge_method
 from ideal.methods import doremi as doremi_method
 from ideal.methods import merge as merge_method
-from ideal.methods.problem import Array
-from ideal.methods.proxy import steps
+from ideal.methods.proxy import Moved, number_of_steps
 from ideal.model import DTYPES, device, load_model
 from ideal.training import Trainer
 from service.cluster import Cluster, Reservation
@@ -119,15 +118,13 @@ def _doremi(work: Work, folder: Path, reference: Path) -> dict[str, Any]:
     compared = load_model(reference / MODEL, DTYPES[config.sft.precision], device())
     rate, smoothing = config.methods.doremi_rate, config.methods.doremi_smoothing
     found = doremi_method.weights(work.trainer(), compared, pools, work.total, config.seed, rate, smoothing)
-    weights = _watched(work, found, folder)
-    return {"weights": weights, "tokens": 3 * _tokens(work, pools)}  # the reference's, the proxy's, its training
+    return _watched(work, found, folder)
 
 
 def _doge(work: Work, folder: Path) -> dict[str, Any]:
     config, pools, references = work.config, work.pools(), work.references()
     found = doge_method.weights(work.trainer(), pools, references, work.total, config.seed, config.methods.doge_step)
-    weights = _watched(work, found, folder)
-    return {"weights": weights, "tokens": _tokens(work, pools) + _tokens(work, references)}
+    return _watched(work, found, folder)
 
 
 def _merged(work: Work, models: list[Path], shares: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -147,24 +144,12 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def _watched(work: Work, weights: Iterator[Array], folder: Path) -> dict[str, float]:
-    """The mean of a proxy's weights over its steps."""
-    total = sum(1 for _ in _steps(work, work.pools()))
-    every = []
-    for number, each in enumerate(weights):
-        every.append(each.tolist())
-        work.progress(" ".join(f"{weight:.2f}" for weight in each), number + 1, total)
+def _watched(work: Work, found: Iterator[Moved], folder: Path) -> dict[str, Any]:
+    """The mean of a proxy's weights over its steps, and the tokens that they took."""
+    total, every, tokens = number_of_steps(work.total, work.config.sft), [], 0
+    for number, each in enumerate(found):
+        every.append(each.alpha.tolist())
+        tokens += each.tokens
+        work.progress(" ".join(f"{weight:.2f}" for weight in each.alpha), number + 1, total)
     (folder / EVERY_STEP).write_text(json.dumps(every))
-    return dict(zip(work.volumes, np.mean(every, 0).tolist(), strict=True))
-
-
-def _tokens(work: Work, sets: dict[str, ExampleSet]) -> int:
-    """Input tokens of a proxy run's batches."""
-    drawn = [part for _, part in _steps(work, sets)]
-    return sum(
-        length(found[i]) for part in drawn for found, chosen in zip(sets.values(), part, strict=True) for i in chosen
-    )
-
-
-def _steps(work: Work, sets: dict[str, ExampleSet]) -> Iterator[Any]:
-    return steps({name: len(found) for name, found in sets.items()}, work.total, work.config.sft, work.config.seed)
+    return {"weights": dict(zip(work.volumes, np.mean(every, 0).tolist(), strict=True)), "tokens": tokens}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -87,6 +88,19 @@ class Command:
             assert process.poll() is None, f"it ended too early:\n{self.output.read_text()}"
             assert time.time() < deadline, f"it doesn't come:\n{self.output.read_text()}"
             time.sleep(0.05)
+
+    def killed_and_again(self, *arguments: str, when: Callable[[], object], seconds: float = 300) -> Ended:
+        """The command, killed once something is there that it makes, and again: it repeats no recorded stage."""
+        process = self.start(*arguments)
+        self.wait_for(when, process, seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert self.alone(30), self.processes()
+        before = self.records()
+        ended = self(*arguments)
+        after = self.records()
+        assert {path: after.get(path) for path in before} == before, "a recorded stage ran again"
+        return ended
 
     def clean(self) -> None:
         for process in self.processes():

@@ -18,9 +18,8 @@ import torch
 
 from ideal.batches import Item
 from ideal.examples import ExampleSet
-from ideal.methods.doremi import per_token
 from ideal.methods.problem import Array, Problem, Stages
-from ideal.methods.proxy import moved, steps
+from ideal.methods.proxy import Moved, items, moved, per_token, steps, tokens
 from ideal.training import Trainer
 
 LARGEST = 5.0
@@ -39,8 +38,8 @@ def weights(
     total: int,
     seed: int,
     step_size: float,
-) -> Iterator[Array]:
-    """[M] α after every step.
+) -> Iterator[Moved]:
+    """What every step did.
 
     Args:
         proxy: at θ₀; it is trained.
@@ -49,26 +48,22 @@ def weights(
     """
     alpha = np.full(len(pools), 1 / len(pools))
     mu = proxy.config.learning_rate / step_size
-    compared = steps({name: len(found) for name, found in references.items()}, total, proxy.config, seed)
-    for step, drawn in steps({domain: len(pool) for domain, pool in pools.items()}, total, proxy.config, seed):
-        held_out = [[r[i] for i in part] for r, part in zip(references.values(), next(compared)[1], strict=True)]
-        items = [[pool[i] for i in chosen] for pool, chosen in zip(pools.values(), drawn, strict=True)]
-        gradients = torch.stack([gradient(proxy, part) for part in items])
-        wanted = gradient(
-            proxy, [each for part in held_out for each in part], per_token(held_out, np.ones(len(held_out)))
-        )
+    drawn = (steps(sets, total, proxy.config, seed) for sets in (pools, references))
+    for (step, batch), (_, held_out) in zip(*drawn, strict=True):
+        gradients = torch.stack([gradient(proxy, part) for part in batch])
+        wanted = gradient(proxy, items(held_out), per_token(held_out, np.ones(len(held_out))))
         alpha = moved(alpha, scores(gradients, wanted, step.rate) / mu)
         along = torch.tensor(alpha, dtype=gradients.dtype, device=gradients.device) @ gradients
         sizes = [flat.gradient.numel() for flat in (proxy.matrices, proxy.vectors)]
         for flat, part in zip((proxy.matrices, proxy.vectors), torch.split(along, sizes), strict=True):
             flat.gradient.copy_(part)
         proxy.move(step)
-        yield alpha
+        yield Moved(alpha, tokens(batch) + tokens(held_out))
 
 
-def gradient(proxy: Trainer, items: Sequence[Item], per_token: list[float] | None = None) -> torch.Tensor:
+def gradient(proxy: Trainer, batch: Sequence[Item], weights: list[float] | None = None) -> torch.Tensor:
     """[n] gradient of the mean loss, clipped as SFT's is."""
-    proxy.accumulate(list(items), per_token)
+    proxy.accumulate(list(batch), weights)
     flat = torch.cat([proxy.matrices.gradient, proxy.vectors.gradient])
     return flat * min(1.0, proxy.config.clip_norm / (float(flat.norm()) + 1e-6))
 

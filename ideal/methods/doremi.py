@@ -18,8 +18,8 @@ from torch import nn
 
 from ideal.batches import Item, batches
 from ideal.examples import ExampleSet
-from ideal.methods.problem import Array, Problem, Stages
-from ideal.methods.proxy import moved, steps
+from ideal.methods.problem import Problem, Stages
+from ideal.methods.proxy import Moved, items, moved, per_token, steps, tokens
 from ideal.model import supervised_counts, supervised_logits, token_losses
 from ideal.training import Trainer
 
@@ -37,8 +37,8 @@ def weights(
     seed: int,
     rate: float,
     smoothing: float,
-) -> Iterator[Array]:
-    """[M] α after every step.
+) -> Iterator[Moved]:
+    """What every step did.
 
     Args:
         proxy: at θ₀; it is trained.
@@ -46,33 +46,23 @@ def weights(
         rate, smoothing: η and ε.
     """
     alpha = np.full(len(pools), 1 / len(pools))
-    for step, drawn in steps({domain: len(pool) for domain, pool in pools.items()}, total, proxy.config, seed):
-        batch = [[pool[i] for i in chosen] for pool, chosen in zip(pools.values(), drawn, strict=True)]
-        excesses = [excess(proxy.model, reference, items, proxy.device, proxy.batch_tokens) for items in batch]
+    for step, batch in steps(pools, total, proxy.config, seed):
+        excesses = [excess(proxy.model, reference, part, proxy.device, proxy.batch_tokens) for part in batch]
         alpha = moved(alpha, rate * np.array(excesses), smoothing)
-        proxy.accumulate([item for items in batch for item in items], per_token(batch, alpha))
+        proxy.accumulate(items(batch), per_token(batch, alpha))
         proxy.move(step)
-        yield alpha
+        yield Moved(alpha, 3 * tokens(batch))  # the reference's pass, the proxy's, and its training
 
 
 @torch.no_grad()
 def excess(
-    proxy: nn.Module, reference: nn.Module, items: Sequence[Item], device: torch.device, batch_tokens: int
+    proxy: nn.Module, reference: nn.Module, part: Sequence[Item], device: torch.device, batch_tokens: int
 ) -> float:
     """Mean over supervised tokens of max(ℓ_proxy − ℓ_reference, 0), nats."""
-    behind, tokens = 0.0, 0
-    for _, batch in batches(items, batch_tokens):
+    behind, count = 0.0, 0
+    for _, batch in batches(part, batch_tokens):
         moved_batch = batch.to(device)
         losses = [token_losses(supervised_logits(model, moved_batch), moved_batch) for model in (proxy, reference)]
         behind += float((losses[0] - losses[1]).clamp(min=0).sum())
-        tokens += int(supervised_counts(moved_batch).sum())
-    return behind / tokens
-
-
-def per_token(batch: Sequence[Sequence[Item]], weights: Array) -> list[float]:
-    """Each example's weight on its tokens, with which the batch's mean loss is Σ_k α_k · (mean loss of domain k)."""
-    found: list[float] = []
-    for items, weight in zip(batch, weights, strict=True):
-        tokens = sum(int(supervised[1:].sum()) for _, supervised in items)
-        found += [float(weight) / tokens] * len(items)
-    return found
+        count += int(supervised_counts(moved_batch).sum())
+    return behind / count

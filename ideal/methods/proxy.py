@@ -6,24 +6,47 @@ A domain that a batch lacks would keep its old score while the others' are renew
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from ideal.batches import Item, length
 from ideal.config import SftConfig
+from ideal.examples import ExampleSet
 from ideal.methods.problem import Array
 from ideal.mixture import seeded
 from ideal.training import Step, schedule
 
+Batch = list[list[Item]]
+"""Of each domain, its examples."""
 
-def steps(pools: Mapping[str, int], total: int, config: SftConfig, seed: int) -> Iterator[tuple[Step, list[list[int]]]]:
-    """As many steps as SFT has on ``total`` examples, each with every domain's examples: indices into its pool.
+
+@dataclass(frozen=True)
+class Moved:
+    """What a proxy's step did.
+
+    Attributes:
+        alpha: [M] the weights after it.
+        tokens: input tokens that models passed over.
+    """
+
+    alpha: Array
+    tokens: int
+
+
+def number_of_steps(total: int, config: SftConfig) -> int:
+    """As many as SFT has on ``total`` examples."""
+    return math.ceil(max(1, round(total * config.epochs)) / config.batch_examples)
+
+
+def steps(sets: Mapping[str, ExampleSet], total: int, config: SftConfig, seed: int) -> Iterator[tuple[Step, Batch]]:
+    """A proxy's steps, each with examples of every domain.
 
     A batch's places go to the domains equally; those that are left over, to each domain in turn.
     """
-    size, count = config.batch_examples, len(pools)
-    number = math.ceil(max(1, round(total * config.epochs)) / size)
-    streams = [_stream(pool, seed, domain) for domain, pool in pools.items()]
+    size, count, number = config.batch_examples, len(sets), number_of_steps(total, config)
+    streams = [_stream(found, seed, domain) for domain, found in sets.items()]
     for step in range(number):
         rate = config.learning_rate * schedule(step, number, config)
         extra = {(step * (size % count) + k) % count for k in range(size % count)}
@@ -31,11 +54,31 @@ def steps(pools: Mapping[str, int], total: int, config: SftConfig, seed: int) ->
         yield Step(step, [], rate), [[next(s) for _ in range(n)] for s, n in zip(streams, counts, strict=True)]
 
 
-def _stream(pool: int, seed: int, domain: str) -> Iterator[int]:
+def _stream(found: ExampleSet, seed: int, domain: str) -> Iterator[Item]:
     """A domain's examples, shuffled anew whenever all have been seen."""
     random = seeded(seed, "proxy", domain)
     while True:
-        yield from random.permutation(pool).tolist()
+        for number in random.permutation(len(found)).tolist():
+            yield found[number]
+
+
+def items(batch: Batch) -> list[Item]:
+    """The examples of all domains."""
+    return [item for part in batch for item in part]
+
+
+def tokens(batch: Batch) -> int:
+    """Input tokens of a batch."""
+    return sum(length(item) for item in items(batch))
+
+
+def per_token(batch: Batch, weights: Sequence[float] | Array) -> list[float]:
+    """Each example's weight on its tokens, with which the batch's mean loss is Σ_k α_k · (mean loss of domain k)."""
+    found: list[float] = []
+    for part, weight in zip(batch, weights, strict=True):
+        count = sum(int(supervised[1:].sum()) for _, supervised in part)
+        found += [float(weight) / count] * len(part)
+    return found
 
 
 def moved(weights: Array, scores: Array, smoothing: float = 0.0) -> Array:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
 from collections.abc import Iterator
 
 import pytest
@@ -44,16 +42,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
 @pytest.fixture(scope="module")
 def compared(command: Command) -> Ended:
     """Killed while RegMix tries its mixtures, and started again."""
-    process = command.start(*COMPARE)
-    command.wait_for(lambda: command.records("retraining"), process, seconds=900)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert command.alone(30), command.processes()
-    before = command.records()
-    ended = command(*COMPARE)
-    after = command.records()
-    assert {path: after.get(path) for path in before} == before, "a recorded stage ran again"
-    return ended
+    return command.killed_and_again(*COMPARE, when=lambda: command.records("retraining"), seconds=900)
 
 
 def test_every_method_is_trained_and_scored_on_the_same_total(command: Command, compared: Ended) -> None:

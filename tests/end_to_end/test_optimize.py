@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -188,19 +187,10 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(
     """Killed with SIGKILL while influence and benchmarks of D0 run: the second start trains no D0 again."""
     killed = Command(tmp_path, tree)
     try:
-        process = killed.start()
         half = killed.storage / "stages" / "influence"
-        killed.wait_for(lambda: killed.records("sft") and list(half.glob("*/*/*/*")), process)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert killed.alone(30), killed.processes()
-        before = killed.records()
-        assert not killed.records("influence")
-        ended = killed()
+        ended = killed.killed_and_again(when=lambda: killed.records("sft") and list(half.glob("*/*/*/*")))
         assert ended.status == 0, ended.output
-        after = killed.records()
-        assert {path: after[path] for path in before} == before
         same(killed.report(), command.report())
-        assert {path.parent.name for path in after} == {path.parent.name for path in command.records()}
+        assert {path.parent.name for path in killed.records()} == {path.parent.name for path in command.records()}
     finally:
         killed.clean()

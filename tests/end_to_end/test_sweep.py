@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,17 +35,8 @@ def command(tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]) -> I
 @pytest.fixture(scope="module")
 def swept(command: Command, tree: dict[str, Any]) -> Ended:
     """Killed while D0's influence is computed, and started again."""
-    process = command.start(*SWEEP)
     half = command.storage / "stages" / "influence"
-    command.wait_for(lambda: command.records("sft") and list(half.glob("*/*/*/*")), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert command.alone(30), command.processes()
-    before = command.records()
-    ended = command(*SWEEP)
-    after = command.records()
-    assert {path: after.get(path) for path in before} == before, "a recorded stage ran again"
-    return ended
+    return command.killed_and_again(*SWEEP, when=lambda: command.records("sft") and list(half.glob("*/*/*/*")))
 
 
 def found(command: Command) -> dict[str, Any]:

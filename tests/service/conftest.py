@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import yaml
 
 from ideal.chat import Example
 from ideal.config import Config
@@ -75,6 +76,14 @@ def tree(storage: Path) -> dict[str, object]:
         ],
         "benchmarks": [{"name": "sums", "reasoning_gym": "chain_sum", "size": 4, "seed": 4000}],
     }
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A config's file."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree(tmp_path / "store")))
+    return path
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from ideal.comparison import difference, estimate
 from ideal.config_file import load
@@ -19,16 +18,8 @@ from service.compare import rows, trials_of
 from service.mixtures import Outcome
 from service.stages import Record
 from service.sweep import Findings
-from tests.service.conftest import tree
 
 SCORES = {"joint": (0.2, 0.3, 0.4), "uniform": (0.3, 0.4, 0.5), "equilibrium": (0.1, 0.4, 0.4)}
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(tree(tmp_path / "store")))
-    return path
 
 
 def test_every_method_runs_with_every_seed(path: Path) -> None:

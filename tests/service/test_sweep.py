@@ -6,21 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from ideal.errors import BadInput
 from service import sweep_report
 from service.mixtures import Outcome
 from service.reference import BY_EXAMPLE
 from service.sweep import Findings, grid, sweep_key
-from tests.service.conftest import tree
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(tree(tmp_path / "store")))
-    return path
 
 
 def test_every_combination_is_a_trial(path: Path) -> None:

@@ -14,7 +14,7 @@ from ideal.batches import Item, collate
 from ideal.config import SftConfig
 from ideal.examples import ExampleSet
 from ideal.methods import doge, doremi
-from ideal.methods.proxy import moved, steps
+from ideal.methods.proxy import moved, per_token, steps, tokens
 from ideal.model import load_model, supervised_logits, token_losses
 from ideal.training import Step, Trainer
 from tests.ideal.made import example_set
@@ -22,6 +22,7 @@ from tests.tiny import make_model
 
 CPU = torch.device("cpu")
 CONFIG = SftConfig(precision="fp32", batch_examples=9, learning_rate=3e-3, epochs=1)
+Sets = dict[str, ExampleSet]
 POOLS = {"a": example_set(20, 1, vocabulary=300), "b": example_set(9, 2, vocabulary=300, longest=20)}
 
 
@@ -50,15 +51,17 @@ def test_doges_scores_by_hand() -> None:
 
 
 def test_every_batch_holds_every_domain_and_the_steps_are_sfts() -> None:
-    made = list(steps({"a": 20, "b": 9, "c": 4, "d": 50}, 100, CONFIG, seed=0))
+    sets = {name: example_set(size, n) for n, (name, size) in enumerate({"a": 20, "b": 9, "c": 4, "d": 50}.items())}
+    made = list(steps(sets, 100, CONFIG, seed=0))
     assert [step.number for step, _ in made] == list(range(12))
-    for _, drawn in made:
-        assert sum(map(len, drawn)) == 9
-        assert {len(part) for part in drawn} == {2, 3}
-    each = [[i for _, drawn in made for i in drawn[k]] for k in range(4)]
+    for _, batch in made:
+        assert sum(map(len, batch)) == 9
+        assert {len(part) for part in batch} == {2, 3}
+        assert tokens(batch) == collate([item for part in batch for item in part]).tokens
+    each = [[ids.tolist() for _, batch in made for ids, _ in batch[k]] for k in range(4)]
     assert {len(seen) for seen in each} == {27}
-    assert sorted(each[0][:20]) == list(range(20))
-    assert sorted(each[2][:4]) == sorted(each[2][4:8]) == list(range(4))
+    assert sorted(each[0][:20]) == sorted(ids.tolist() for ids, _ in sets["a"])
+    assert sorted(each[2][:4]) == sorted(each[2][4:8]) == sorted(ids.tolist() for ids, _ in sets["c"])
     assert max(step.rate for step, _ in made) == pytest.approx(CONFIG.learning_rate)
 
 
@@ -74,7 +77,7 @@ def weighted_gradient(base: Path, batch: list[list[Item]], alpha: list[float]) -
 def test_the_proxys_gradient_weighs_domains_and_not_their_tokens(base: Path, alpha: list[float]) -> None:
     batch = [[POOLS["a"][0], POOLS["a"][1], POOLS["a"][5]], [POOLS["b"][2], POOLS["b"][3]]]
     proxy = trainer(base)
-    proxy.accumulate([item for items in batch for item in items], doremi.per_token(batch, np.array(alpha)))
+    proxy.accumulate([item for items in batch for item in items], per_token(batch, np.array(alpha)))
     assert torch.allclose(proxy.matrices.gradient, weighted_gradient(base, batch, alpha), atol=1e-6, rtol=1e-4)
 
 
@@ -90,8 +93,12 @@ def test_the_excess_is_clipped_token_by_token(base: Path, tmp_path: Path) -> Non
     assert doremi.excess(proxy, other, items, CPU, 40) == pytest.approx(float(apart.clamp(min=0).mean()), rel=1e-5)
 
 
-def of_doremi(base: Path, reference: torch.nn.Module, pools: dict[str, ExampleSet], rate: float = 1.0) -> np.ndarray:
-    return np.array(list(doremi.weights(trainer(base), reference, pools, 90, 0, rate, 1e-3)))
+def of_doremi(base: Path, reference: torch.nn.Module, pools: Sets, rate: float = 1.0) -> np.ndarray:
+    return np.array([step.alpha for step in doremi.weights(trainer(base), reference, pools, 90, 0, rate, 1e-3)])
+
+
+def of_doge(base: Path, pools: Sets, references: Sets, total: int, step: float) -> np.ndarray:
+    return np.array([each.alpha for each in doge.weights(trainer(base), pools, references, total, 0, step)])
 
 
 def test_identical_domains_keep_equal_weights(base: Path) -> None:
@@ -99,7 +106,7 @@ def test_identical_domains_keep_equal_weights(base: Path) -> None:
     reference = make_model(base.parent / "other", layers=1, seed=7)
     found = of_doremi(base, load_model(reference, torch.float32, CPU), same)
     assert found == pytest.approx(np.full((10, 2), 0.5), abs=1e-3)
-    found = np.array(list(doge.weights(trainer(base), same, same, 90, 0, 0.05)))
+    found = of_doge(base, same, same, 90, 0.05)
     assert found == pytest.approx(np.full((10, 2), 0.5), abs=1e-3)
 
 
@@ -114,7 +121,7 @@ def test_doremi_leaves_a_domain_that_the_reference_learned_nothing_of(base: Path
 
 def test_doge_leaves_a_domain_that_no_reference_set_wants(base: Path) -> None:
     """`b`'s gradients have nothing of `a`'s; only `a` is asked for."""
-    found = np.array(list(doge.weights(trainer(base), POOLS, {"a": POOLS["a"]}, 180, 0, 0.5)))
+    found = of_doge(base, POOLS, {"a": POOLS["a"]}, 180, 0.5)
     assert found.mean(0)[0] > found.mean(0)[1] + 0.1
     assert found[-1][0] > 0.6
 
@@ -123,10 +130,10 @@ def test_doge_moves_along_its_weighted_gradients(base: Path) -> None:
     """The first step's weights are those of plain SGD's direction: AdamW's first step is its sign."""
     proxy = trainer(base, clip_norm=1e9)
     before = proxy.matrices.master.detach().clone()
-    (alpha,) = islice(doge.weights(proxy, POOLS, POOLS, 90, 0, 0.05), 1)
-    _, drawn = next(steps({d: len(p) for d, p in POOLS.items()}, 90, CONFIG, 0))
-    batch = [[pool[i] for i in part] for pool, part in zip(POOLS.values(), drawn, strict=True)]
-    gradient = weighted_gradient(base, batch, alpha.tolist())
+    (first,) = islice(doge.weights(proxy, POOLS, POOLS, 90, 0, 0.05), 1)
+    _, batch = next(steps(POOLS, 90, CONFIG, 0))
+    assert first.tokens == 2 * tokens(batch)
+    gradient = weighted_gradient(base, batch, first.alpha.tolist())
     step = proxy.matrices.master.detach() - before
     large = gradient.abs() > 1e-3
     assert large.sum() > 100
