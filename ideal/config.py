@@ -124,6 +124,11 @@ class EquilibriumConfig(Section):
     m: float = Field(
         0.15, gt=0, lt=1, description="Largest relative change of a volume in one iteration (paper: 0.15)."
     )
+    normalise: Literal["largest", "mean"] = Field(
+        "largest",
+        description="Which domain moves by m: `largest`: the one of the largest influence alone (paper). `mean`: every "
+        "one of at least the mean influence, so that a single domain doesn't take the whole step.",
+    )
     floor: int = Field(1, ge=1, description="Smallest volume of a domain, in examples.")
     max_copies: float = Field(4.0, ge=1, description="Most copies of one example in a mixture.")
     tolerance: float = Field(0.01, ge=0, description="Stop when no volume would change by more, relatively.")

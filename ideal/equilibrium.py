@@ -11,8 +11,10 @@ and an *example* of domain j is worth e_j = (τ_j/τ̄)(a_j − ā) with τ̄ = 
     balanced    β_j = m·e_j / max_k|e_k|                 the total is kept: Σ_j v_j e_j = 0, exactly
     paper       β_j = m·w_j·a_j / max_k|w_k·a_k|         the total grows or shrinks (IDEAL, arXiv 2505.12762)
 
-Where all domains have examples of the same length, e_j is a_j − ā. Limits (the floor, the most copies, m itself) are
-met by projection, which keeps the total, not by clipping, which wouldn't.
+Where all domains have examples of the same length, e_j is a_j − ā. With ``normalise: mean`` the divisor is the mean
+|e_k| over the mixture's examples, so that a domain of mean worth moves by m already: divided by the largest, a small
+domain of great worth takes the whole step, and large harmful ones hardly shrink. Limits (the floor, the most copies,
+m itself) are met by projection, which keeps the total, not by clipping, which wouldn't.
 """
 
 from __future__ import annotations
@@ -107,8 +109,8 @@ def update(
     tail = (1 - confidence) / 2
     low, high = np.quantile(cloud, [tail, 1 - tail], axis=0)
     right = (np.sign(cloud) == np.sign(value)).mean(0)
-    largest = np.abs(value).max()
-    wanted = m * value / largest if largest > 0 else np.zeros_like(value)
+    size = np.abs(value).max() if config.normalise == "largest" else np.average(np.abs(value), weights=volumes)
+    wanted = m * value / size if size > 0 else np.zeros_like(value)
     lowest, highest = limits(volumes, pools, config, m)
     if config.rule == "paper":
         beta = np.clip(wanted, lowest, highest)

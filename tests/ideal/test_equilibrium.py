@@ -54,6 +54,20 @@ def test_a_common_influence_moves_nothing() -> None:
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [7.0] * 4])
+def test_one_outlier_leaves_the_others_their_step(lengths: list[float]) -> None:
+    """Divided by the mean, a domain of at least mean worth moves by m; the total is kept all the same."""
+    found, e = step(lengths=lengths, normalise="mean"), values(INFLUENCE, VOLUMES, lengths, "balanced")
+    shares = np.array(VOLUMES) / sum(VOLUMES)
+    by_hand = 0.15 * e / (shares @ np.abs(e))
+    assert np.abs(by_hand).max() > 0.15, "nothing would meet its limit"
+    lost = np.array(VOLUMES) * (np.clip(by_hand, -0.15, 0.15) - found.beta)
+    free = np.abs(found.beta) < 0.15 - SMALL
+    np.testing.assert_allclose((lost / VOLUMES)[free], (lost / VOLUMES)[free][0], atol=1e-6)
+    assert np.abs(found.beta).sum() > np.abs(step(lengths=lengths).beta).sum()
+    assert sum(found.volumes) == sum(VOLUMES)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [7.0] * 4])
 def test_balanced_keeps_the_total(lengths: list[float]) -> None:
     found = step(lengths=lengths)
     e = values(INFLUENCE, VOLUMES, lengths, "balanced")
