@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,17 @@ from tests.tiny import make_model
 
 VOLUMES = {"math": 30, "chat": 7}
 POOL = 20
+OTHERS = {
+    "llama-factory": ["llamafactory==0.9.5", "omegaconf==2.4.0", "antlr4-python3-runtime==4.9.3", "peft==0.21.2"],
+    "axolotl": [
+        "axolotl==0.19.0",
+        "axolotl-contribs-lgpl==0.0.7",
+        "axolotl-contribs-mit==0.0.6",
+        *("addict==2.4.0", "art==6.5", "colorama==0.4.6", "distro==1.9.0", "fire==0.7.1"),
+        *("peft==0.21.2", "posthog==7.91.1", "termcolor==3.3.0"),
+    ],
+}
+"""Other trainers' packages, with what they import that isn't here."""
 
 
 @pytest.fixture
@@ -120,6 +136,46 @@ def test_trl_reads_its_file(folder: Path, run: tuple[Config, Outcome], monkeypat
     steps = len(plan(VOLUMES, sft, 0))
     assert training.get_warmup_steps(steps) == round(steps * sft.warmup) > 0
     assert model.model_name_or_path == base_of(*run)
+
+
+def interpreter(folder: Path, packages: list[str]) -> Path:
+    """Python with another trainer's code over ours; its own pins, of older versions of what is here, are left out."""
+    venv.create(folder)
+    (places,) = folder.glob("lib/python*/site-packages")
+    (places / "ours.pth").write_text(sysconfig.get_path("purelib"))
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(places), *packages]
+    subprocess.run(install, check=True)
+    return folder / "bin" / "python"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("tool", OTHERS)
+def test_other_trainers_learn_the_same_tokens(
+    tool: str, folder: Path, run: tuple[Config, Outcome], tmp_path: Path
+) -> None:
+    """By their own loaders: the same ids, and loss on the same of them, but for the line break behind the end token."""
+    base = Path(base_of(*run))
+    make_model(base)
+    python = interpreter(tmp_path / "environment", OTHERS[tool])
+    quiet = {"DISABLE_VERSION_CHECK": "1", "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **quiet, "HF_HOME": str(tmp_path / "cache")}
+    command = [python, Path(__file__).with_name("other_trainers.py"), tool]
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    read = json.loads(ended.stdout.splitlines()[-1])
+    encoder = ChatEncoder(load_tokenizer(base), run[0].model.max_tokens)
+    ours = sorted(
+        (e.ids, e.supervised) for e in map(encoder.encode, (r["messages"] for r in lines(folder / "train.jsonl")))
+    )
+    theirs = sorted((ids, [label != -100 for label in labels]) for ids, labels in read["rows"])
+    assert len(theirs) == len(ours) == sum(VOLUMES.values())
+    for (ids, learned), (wanted, supervised) in zip(theirs, ours, strict=True):
+        end = 1 + max(place for place, is_one in enumerate(supervised) if is_one)
+        assert ids == wanted
+        assert learned[:end] == supervised[:end]
+        assert len(ids) <= end + 1
+    assert (read["learning_rate"], read["batch"]) == (run[0].sft.learning_rate, run[0].sft.batch_examples)
 
 
 def test_nothing_is_overwritten_and_changed_sources_are_refused(run: tuple[Config, Outcome], folder: Path) -> None:
