@@ -26,7 +26,9 @@ from ideal.config import Config
 from ideal.curvature.layers import input_group, layer_shapes
 from ideal.errors import BadInput
 from ideal.influence import shard
-from ideal.solvers import block_products, combined, coupled, curvature_blocks, table_of
+from ideal.products import block_products, combined, table_of
+from ideal.sampled import curvature_blocks
+from ideal.solvers import coupled
 from service.cluster import Cluster, Reservation
 from service.data import for_influence
 from service.influence_actor import InfluenceActor

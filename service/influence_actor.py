@@ -31,22 +31,20 @@ from ideal.curvature.kfac import Divided, Eigen, Eigenbasis, Inverse
 from ideal.curvature.layers import input_group
 from ideal.influence import Array
 from ideal.model import DTYPES, device, load_model
+from ideal.products import set_sums, with_sets
+from ideal.sampled import curvature_blocks, factor_shares
 from ideal.solvers import (
     FACTORED,
     Diagonal,
     LayerSolver,
     Plain,
     coupled,
-    curvature_blocks,
     exact_damping,
-    factor_shares,
     layer_bases,
     layer_curvature,
     layer_inverse,
     needs_eigenvectors,
     needs_factors,
-    set_sums,
-    with_sets,
 )
 from ideal.training import DAMPING
 from service.progress import Reporter

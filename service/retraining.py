@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from ideal.config import Config, InfluenceConfig
 from ideal.curvature.layers import tracked_layers
 from ideal.examples import ExampleSet
+from ideal.in_process import influence_tables
 from ideal.model import DTYPES, device, load_model
-from ideal.solvers import Sampled, influence_tables
+from ideal.sampled import Sampled
 from ideal.training import AVERAGE, DAMPING, Trainer, train
 from service.cluster import Cluster, Reservation
 from service.data import MODEL, for_influence, train_file

@@ -51,7 +51,8 @@ from ideal.examples import ExampleSet
 from ideal.influence import Array, split
 from ideal.mixture import draw
 from ideal.model import load_model, load_tokenizer, materialise, summed_loss, supervised_logits
-from ideal.solvers import block_products, combined, curvature_blocks, table_of
+from ideal.products import block_products, combined, table_of
+from ideal.sampled import curvature_blocks
 from ideal.training import DAMPING
 from service.data import MODEL, reference_file, train_file
 from service.influence_actor import InfluenceActor

@@ -15,8 +15,9 @@ from ideal.curvature.accumulate import BlockGradient, FactorSums, Shares, accumu
 from ideal.curvature.kfac import Eigen, curvature, eigenbasis
 from ideal.curvature.layers import input_group
 from ideal.examples import ExampleSet
+from ideal.in_process import influence_tables
 from ideal.influence import InfluenceTable, split
-from ideal.solvers import Sampled, influence_tables
+from ideal.sampled import Sampled
 
 VOCABULARY = 12
 MLP = ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"]

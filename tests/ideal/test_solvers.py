@@ -16,17 +16,11 @@ from ideal.curvature.ekfac import squared_gradients
 from ideal.curvature.exact import GaussNewton, Vectors, conjugate_gradients
 from ideal.curvature.kfac import eigenbasis
 from ideal.curvature.layers import input_group
+from ideal.in_process import influence_tables
 from ideal.influence import InfluenceTable, split
-from ideal.solvers import (
-    Sampled,
-    block_products,
-    curvature_blocks,
-    influence_tables,
-    layer_bases,
-    layer_damping,
-    set_sums,
-    with_sets,
-)
+from ideal.products import block_products, set_sums, with_sets
+from ideal.sampled import Sampled, curvature_blocks
+from ideal.solvers import layer_bases, layer_damping
 from tests.ideal.dense import (
     DOMAINS,
     REFERENCES,

@@ -16,9 +16,10 @@ from ideal.config import Config, InfluenceConfig
 from ideal.curvature.accumulate import accumulate
 from ideal.curvature.layers import input_group
 from ideal.errors import BadInput
+from ideal.in_process import influence_tables
 from ideal.influence import InfluenceTable
 from ideal.model import load_model
-from ideal.solvers import Sampled, influence_tables
+from ideal.sampled import Sampled
 from ideal.training import DAMPING
 from service.cluster import Cluster
 from service.data import MODEL
