@@ -23,7 +23,7 @@ from ideal.examples import ExampleSet
 from ideal.methods import doge as doge_method
 from ideal.methods import doremi as doremi_method
 from ideal.methods import merge as merge_method
-from ideal.methods.proxy import Moved, number_of_steps
+from ideal.methods.proxy import Stepped, number_of_steps
 from ideal.model import DTYPES, device, load_model
 from ideal.training import Trainer
 from service.cluster import Cluster, Reservation
@@ -144,7 +144,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def _watched(work: Work, found: Iterator[Moved], folder: Path) -> dict[str, Any]:
+def _watched(work: Work, found: Iterator[Stepped], folder: Path) -> dict[str, Any]:
     """The mean of a proxy's weights over its steps, and the tokens that they took."""
     total, every, tokens = number_of_steps(work.total, work.config.sft), [], 0
     for number, each in enumerate(found):

@@ -19,7 +19,7 @@ import torch
 from ideal.batches import Item
 from ideal.examples import ExampleSet
 from ideal.methods.problem import Array, Problem, Stages
-from ideal.methods.proxy import Moved, items, moved, per_token, steps, tokens
+from ideal.methods.proxy import Stepped, items, moved, per_token, steps, tokens
 from ideal.training import Trainer
 
 LARGEST = 5.0
@@ -38,7 +38,7 @@ def weights(
     total: int,
     seed: int,
     step_size: float,
-) -> Iterator[Moved]:
+) -> Iterator[Stepped]:
     """What every step did.
 
     Args:
@@ -58,7 +58,7 @@ def weights(
         for flat, part in zip((proxy.matrices, proxy.vectors), torch.split(along, sizes), strict=True):
             flat.gradient.copy_(part)
         proxy.move(step)
-        yield Moved(alpha, tokens(batch) + tokens(held_out))
+        yield Stepped(alpha, tokens(batch) + tokens(held_out))
 
 
 def gradient(proxy: Trainer, batch: Sequence[Item], weights: list[float] | None = None) -> torch.Tensor:

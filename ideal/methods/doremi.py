@@ -19,7 +19,7 @@ from torch import nn
 from ideal.batches import Item, batches
 from ideal.examples import ExampleSet
 from ideal.methods.problem import Problem, Stages
-from ideal.methods.proxy import Moved, items, moved, per_token, steps, tokens
+from ideal.methods.proxy import Stepped, items, moved, per_token, steps, tokens
 from ideal.model import supervised_counts, supervised_logits, token_losses
 from ideal.training import Trainer
 
@@ -37,7 +37,7 @@ def weights(
     seed: int,
     rate: float,
     smoothing: float,
-) -> Iterator[Moved]:
+) -> Iterator[Stepped]:
     """What every step did.
 
     Args:
@@ -51,7 +51,7 @@ def weights(
         alpha = moved(alpha, rate * np.array(excesses), smoothing)
         proxy.accumulate(items(batch), per_token(batch, alpha))
         proxy.move(step)
-        yield Moved(alpha, 3 * tokens(batch))  # the reference's pass, the proxy's, and its training
+        yield Stepped(alpha, 3 * tokens(batch))  # the reference's pass, the proxy's, and its training
 
 
 @torch.no_grad()

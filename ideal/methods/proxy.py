@@ -23,7 +23,7 @@ Batch = list[list[Item]]
 
 
 @dataclass(frozen=True)
-class Moved:
+class Stepped:
     """What a proxy's step did.
 
     Attributes:
