@@ -121,6 +121,13 @@ class EquilibriumConfig(Section):
         "macro", description="Mean over reference sets, or over their supervised tokens."
     )
     iterations: int = Field(2, ge=1, le=20, description="Updates of the mixture: 2 gives D0, D1, D2 (paper).")
+    scout: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of its examples that a mixture is trained on while mixtures are sought; the last accepted "
+        "one is then trained on all. 1: every mixture is trained on all (paper).",
+    )
     m: float = Field(
         0.15, gt=0, lt=1, description="Largest relative change of a volume in one iteration (paper: 0.15)."
     )

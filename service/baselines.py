@@ -42,7 +42,7 @@ class Baseline(Mixtures):
         )
         try:
             volumes = METHODS[config.method](self.problem, self)
-            self.benchmark(self.train(config.method, 0, volumes, None, config.method))
+            self.benchmark(self.train(0, volumes, None, config.method))
         finally:
             self.benchmarks.release()
         self.outcome.stopped = f"the mixture that `{config.method}` chose is trained"

@@ -185,4 +185,8 @@ def _print_stages(config: Config, console: Console) -> None:
         return
     for number in range(config.equilibrium.iterations + 1):
         last = number == config.equilibrium.iterations
-        console.print(f"  D{number}: SFT → reference loss → {'' if last else 'influence, '}benchmarks")
+        if config.equilibrium.scout < 1:
+            share = f"SFT on {config.equilibrium.scout:g} of it → reference loss"
+            console.print(f"  D{number}: {share} → {'SFT → reference loss → benchmarks' if last else 'influence'}")
+        else:
+            console.print(f"  D{number}: SFT → reference loss → {'' if last else 'influence, '}benchmarks")

@@ -5,7 +5,8 @@
                      └─▶ benchmarks
 
 A mixture that raises the reference loss by more than ``max_rise`` is rejected: the last accepted one is updated again
-with m/2. Every stage is recorded, so a run that was killed goes on where it was, and one that is done does no work.
+with m/2. With ``scout`` all of this happens to a share of each mixture, and the last one is then trained whole. Every
+stage is recorded, so a run that was killed goes on where it was, and one that is done does no work.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Optimisation(Mixtures):
         self.data = self.example_sets()
         self.outcome = Outcome(self.data)
         try:
-            current = self.train("D0", 0, starting_volumes(self.config, self.data.result), None)
+            current = self._scout(0, starting_volumes(self.config, self.data.result), None)
             m = config.m
             for number in range(1, config.iterations + 1):
                 self._influence_and_benchmark(current)
@@ -47,11 +48,16 @@ class Optimisation(Mixtures):
                 current = following
             else:
                 self.outcome.stopped = f"all {config.iterations} iterations done"
+            if config.scout < 1:
+                current = self.train(current.number, current.volumes, current.m)
             self.benchmark(current)
         finally:
             self.benchmarks.release()
         self.happened(self.outcome)
         return self.outcome
+
+    def _scout(self, number: int, volumes: dict[str, int], m: float | None) -> Iteration:
+        return self.train(number, volumes, m, share=self.config.equilibrium.scout)
 
     def _improve(self, current: Iteration, number: int, m: float) -> tuple[Iteration | None, float]:
         """The next accepted mixture and the m that led to it; None if the run is at its end."""
@@ -65,12 +71,13 @@ class Optimisation(Mixtures):
             if step.change(list(current.volumes.values())) < config.tolerance:
                 self.outcome.stopped = f"no volume would change by {config.tolerance:.1%}"
                 return None, m
-            following = self.train(f"D{number}", number, dict(zip(current.volumes, step.volumes, strict=True)), m)
+            following = self._scout(number, dict(zip(current.volumes, step.volumes, strict=True)), m)
             if following.loss <= current.loss * (1 + config.max_rise):
                 current.update = step
                 return following, m
             following.accepted = False
-            self.benchmark(following)
+            if following.share == 1:
+                self.benchmark(following)
             m /= 2
         self.outcome.stopped = f"the reference loss rose, down to m = {m * 2:g}: D{current.number} is kept"
         return None, m
@@ -92,8 +99,8 @@ class Optimisation(Mixtures):
         )
 
     def _influence_and_benchmark(self, current: Iteration) -> None:
-        """Both read the same checkpoint: at the same time where the cluster has room."""
-        steps = [self._influence, self.benchmark]
+        """Both read the same checkpoint: at the same time where the cluster has room. A share's score says nothing."""
+        steps = [self._influence, self.benchmark] if current.share == 1 else [self._influence]
         if not self.cluster.together:
             for step in steps:
                 step(current)

@@ -151,7 +151,9 @@ def forecast(
     console.print(_table(found, machine, taken))
     if found.sft_fits and found.influence_fits:
         rounds = config.equilibrium.iterations
-        total = (rounds + 1) * (taken.sft + taken.reference) + rounds * (taken.influence_pass + taken.influence_solve)
+        scout = config.equilibrium.scout
+        total = (rounds + 1) * (scout * taken.sft + taken.reference) + (scout < 1) * (taken.sft + taken.reference)
+        total += rounds * (taken.influence_pass + taken.influence_solve)
         console.print(f"D0 to D{rounds} without benchmarks: {_time(total)}")
     console.print(
         f"disk: {found.scratch / GIB:.1f} GiB while an influence is computed, {found.checkpoints / GIB:.1f} for good"

@@ -9,6 +9,7 @@ from typing import Any
 from ideal.config import Config
 from ideal.equilibrium import Update
 from ideal.influence import InfluenceTable
+from ideal.mixture import reduced
 from service import data
 from service.benchmark import Benchmarks
 from service.cluster import Cluster
@@ -30,6 +31,7 @@ class Iteration:
         accepted: whether it didn't raise the reference loss (by more than ``max_rise``).
         table, update: None where no update follows.
         method: what chose it, if it wasn't an update.
+        share: of its examples that it was trained on.
     """
 
     number: int
@@ -44,11 +46,12 @@ class Iteration:
     table: InfluenceTable | None = None
     update: Update | None = None
     method: str = ""
+    share: float = 1.0
 
     @property
     def name(self) -> str:
-        """D1, or the method's."""
-        return self.method or f"D{self.number}"
+        """D1, D1 ×0.25 if it was trained on a quarter of itself, or the method's."""
+        return self.method or named(self.number, self.share)
 
 
 @dataclass
@@ -85,6 +88,10 @@ class Outcome:
         last = self.equilibrium
         parts = [(i.influence,) if i is last else (i.sft, i.reference, i.influence) for i in self.iterations]
         return [*self.tried, *(record for part in parts for record in part if record)]
+
+
+def named(number: int, share: float) -> str:
+    return f"D{number}" + (f" ×{share:g}" if share < 1 else "")
 
 
 class Mixtures(Study):
@@ -141,9 +148,12 @@ class Mixtures(Study):
             ),
         )
 
-    def train(self, name: str, number: int, volumes: dict[str, int], m: float | None, method: str = "") -> Iteration:
-        """SFT on a mixture, and its reference loss: the next iteration."""
-        config, trained = self.config, self.sft(volumes, name)
+    def train(
+        self, number: int, volumes: dict[str, int], m: float | None, method: str = "", share: float = 1.0
+    ) -> Iteration:
+        """SFT on a mixture, or a share of it, and its reference loss: the next iteration."""
+        name = method or named(number, share)
+        config, trained = self.config, self.sft(reduced(volumes, share), name)
         stage = Stage(
             "reference",
             {"precision": config.influence.precision},
@@ -162,7 +172,7 @@ class Mixtures(Study):
                 progress=progress,
             ),
         )
-        iteration = Iteration(number, volumes, m, trained, losses, self._objective(losses), method=method)
+        iteration = Iteration(number, volumes, m, trained, losses, self._objective(losses), method=method, share=share)
         self.outcome.iterations.append(iteration)
         self.happened(self.outcome)
         return iteration

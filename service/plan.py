@@ -263,7 +263,10 @@ def estimate(
         available,
         cluster.influence_workers,
         tracked * 2 * (4 * units(config) + kept * len(config.domains)),
-        (config.equilibrium.iterations + 1) * sizes.parameters * WIDTH[config.sft.precision] * copies,
+        (config.equilibrium.iterations + 1 + (config.equilibrium.scout < 1))
+        * sizes.parameters
+        * WIDTH[config.sft.precision]
+        * copies,
     )
 
 
