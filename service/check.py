@@ -27,7 +27,8 @@ from ideal.errors import BadInput
 from ideal.model import load_tokenizer, local_folder, read_template, shapes, smollm2_tokenizer
 from ideal.sources import files_of, messages, rows
 from service import cluster
-from service.plan import GIB, Plan, plan
+from service.memory import GIB
+from service.plan import Plan, plan
 
 PEEK = 50
 """Rows of a hub dataset that are looked at."""

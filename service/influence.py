@@ -32,7 +32,7 @@ from ideal.solvers import coupled
 from service.cluster import Cluster, Reservation
 from service.data import for_influence
 from service.influence_actor import InfluenceActor
-from service.plan import cut
+from service.memory import cut
 from service.progress import Reporter
 from service.sample import Sample
 from service.stages import WORK

@@ -14,8 +14,9 @@ from ideal.config import Config
 from ideal.config_file import load
 from ideal.errors import BadInput
 from service.cluster import Cluster
-from service.forecast import ABSENT_GPU, Work, forecast, read_bytes, read_work, seconds
-from service.plan import Sizes
+from service.forecast import forecast, read_bytes, read_work
+from service.memory import Sizes
+from service.times import ABSENT_GPU, Work, seconds
 
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
 SHAPES = CONFIGS / "shapes"

@@ -26,7 +26,8 @@ from ideal.examples import ExampleSet
 from ideal.training import DAMPING
 from service.cluster import Cluster
 from service.data import MODEL, reference_file, train_file
-from service.plan import GIB, Plan, estimate, filling, layer_blocks, plan
+from service.memory import GIB
+from service.plan import Plan, estimate, filling, layer_blocks, plan
 from tests.service.conftest import tree
 
 CLUSTER = Cluster(cpus=2, gpus=0, nodes=1, sft_workers=1, sft_cpus=2, influence_workers=2)
