@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 from ideal.batches import Batch, Item, batches, by_length, length
 from ideal.config import SftConfig
 from ideal.model import DTYPES, decoder, load_model, summed_loss, supervised_logits
-from ideal.training import DAMPING, Log, Step, optimizer_of, stiffness, update
+from ideal.optimiser import optimizer_of, stiffness, update
+from ideal.training import DAMPING, Log, Step
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -100,7 +101,7 @@ class ShardedTrainer:
             parameter.grad /= targets
         norm = nn.utils.clip_grad_norm_(self.weights.values(), self.config.clip_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        update(self.optimizer, step, norm)
+        update(self.optimizer, step.number, step.rate, norm)
         self.optimizer.zero_grad()
         self.next_step = step.number + 1
         self.rates += step.rate
@@ -175,7 +176,7 @@ class ShardedTrainer:
 
     @torch.no_grad()
     def save_damping(self, folder: Path) -> None:
-        """Λ into ``folder``, by the first worker; see ``ideal.training.stiffness``."""
+        """Λ into ``folder``, by the first worker; see ``ideal.optimiser.stiffness``."""
         found = {}
         for name, parameter in self.weights.items():
             if parameter.ndim >= 2:

@@ -3,19 +3,16 @@
 A step's loss is the mean over **all** supervised tokens of the global batch, whatever the number of workers and
 micro-batches: every worker sums its tokens' losses, gradients are summed over workers in fp32, and one division by
 the batch's token count follows. Every worker knows the whole order of the data, so that count costs no message.
-
-Forward and backward run in ``precision``; master weights, gradient sums and AdamW's moments are fp32, each one flat
-vector for all parameters. That makes the sum over workers, the norm for clipping and the step one operation each,
-lets workers differ in their number of micro-batches, and never adds up gradients in bf16.
+The arithmetic of a step is ``ideal.optimiser``'s.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,6 +24,7 @@ from ideal.config import SftConfig
 from ideal.examples import ExampleSet
 from ideal.mixture import data_order, draw
 from ideal.model import DTYPES, load_model, summed_loss, supervised_counts, supervised_logits, token_losses
+from ideal.optimiser import Flat, optimizer_of, stiffness, update
 
 DAMPING = "damping.safetensors"
 """AdamW's Λ beside a trained model."""
@@ -172,7 +170,7 @@ class Trainer:
     def move(self, step: Step) -> float:
         """Clip the gradient and step along it; returns its norm before."""
         norm = nn.utils.clip_grad_norm_([self.matrices.master, self.vectors.master], self.config.clip_norm)
-        update(self.optimizer, step, norm)
+        update(self.optimizer, step.number, step.rate, norm)
         for flat in (self.matrices, self.vectors):
             flat.write_back()
         self.next_step = step.number + 1
@@ -237,79 +235,6 @@ class Trainer:
     def save_damping(self, folder: Path) -> None:
         """Λ into ``folder``, for influence that knows the optimiser."""
         save_file({name: part.contiguous() for name, part in self.damping().items()}, folder / DAMPING)
-
-
-def optimizer_of(matrices: list[nn.Parameter], vectors: list[nn.Parameter], config: SftConfig) -> torch.optim.AdamW:
-    """AdamW, with weight decay for matrices alone."""
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        betas=(config.beta1, config.beta2),
-        fused=True,
-    )
-
-
-def update(optimizer: torch.optim.AdamW, step: Step, norm: torch.Tensor) -> None:
-    """Move the weights along the gradients that are there, at the step's rate.
-
-    Raises:
-        FloatingPointError: the gradient's norm isn't finite; the weights are as before.
-    """
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"SFT: the gradient of step {step.number} isn't finite; lower sft.learning_rate")
-    for group in optimizer.param_groups:
-        group["lr"] = step.rate
-    optimizer.step()
-
-
-def stiffness(state: Mapping[str, torch.Tensor], group: Mapping[str, Any], rates: float) -> torch.Tensor:
-    """Λ = (√v̂ + ε) / Σ_t η_t: how firmly AdamW held each weight so far.
-
-    A constant gradient G moves a weight by G/Λ over the run (Kingma & Ba 2015, with v̂ held at its last value).
-
-    Args:
-        state, group: AdamW's, of one tensor.
-        rates: Σ_t η_t.
-    """
-    corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-    damping: torch.Tensor = (corrected.sqrt() + group["eps"]) / rates
-    return damping
-
-
-class Flat:
-    """Parameters as one fp32 vector: the master weights, and the sum of gradients.
-
-    Backward's gradients are added to the sum as soon as they are made, and freed.
-
-    Attributes:
-        master: [n] fp32 weights.
-        gradient: [n] fp32, ``master.grad``.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.master = nn.Parameter(torch.cat([p.detach().flatten().float() for p in parameters]))
-        self.gradient = self.master.grad = torch.zeros_like(self.master)
-        sizes = [p.numel() for p in parameters]
-        self._places = list(zip(parameters, torch.split(self.master.detach(), sizes), strict=True))
-        for parameter, place in zip(parameters, torch.split(self.gradient, sizes), strict=True):
-            parameter.register_post_accumulate_grad_hook(_add_to(place.view_as(parameter)))  # type: ignore[no-untyped-call]
-
-    @torch.no_grad()
-    def write_back(self) -> None:
-        """Round the master weights to the model's own precision."""
-        for parameter, place in self._places:
-            parameter.copy_(place.view_as(parameter))
-
-
-def _add_to(place: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    def add(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        place.add_(parameter.grad)
-        parameter.grad = None
-
-    return add
 
 
 class Stepper(Protocol):

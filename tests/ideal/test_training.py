@@ -21,18 +21,7 @@ from ideal.config import SftConfig
 from ideal.examples import ExampleSet
 from ideal.mixture import draw
 from ideal.model import load_model, summed_loss, supervised_logits
-from ideal.training import (
-    DAMPING,
-    SNAPSHOTS,
-    Log,
-    Step,
-    Trainer,
-    averaged_steps,
-    example_losses,
-    plan,
-    schedule,
-    train,
-)
+from ideal.training import DAMPING, SNAPSHOTS, Log, Step, Trainer, averaged_steps, example_losses, plan, schedule, train
 from tests.ideal.made import example_set, full_loss
 from tests.tiny import make_model
 
