@@ -44,8 +44,8 @@ def dry_run(config: Config, console: Console) -> None:
     tasks.check(config.benchmarks, allow_code_execution=config.allow_code_execution)
     console.print(f"✓ {len(config.benchmarks)} benchmarks: {', '.join(b.name for b in config.benchmarks)}")
     tokenizer = _tokenizer(config)
-    if tokenizer is None and config.model.made:
-        console.print("✓ model: the run makes it, and its tokenizer")
+    if config.model.made:
+        console.print("✓ model: the run makes it, and its tokenizer; here rows are read with SmolLM2's")
     elif tokenizer is None:
         elsewhere.append(f"model.source: {config.model.source} needs the hub, which doesn't answer here")
     encoder = ChatEncoder(tokenizer, config.model.max_tokens) if tokenizer else None
@@ -97,8 +97,11 @@ def before_start(config: Config) -> None:
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer with the template that will be used; None where only the hub has it."""
-    if config.model.source == "smollm2":
+    """The model's tokenizer with the template that will be used; None where only the hub has it.
+
+    A tokenizer that the run makes has a smaller vocabulary, so that a row may be longer than it seems here.
+    """
+    if config.model.source in ("smollm2", "made"):
         tokenizer = smollm2_tokenizer()
     else:
         folder = local_folder(config.model)
@@ -132,7 +135,9 @@ def _check_domains(config: Config, encoder: ChatEncoder | None, console: Console
     if remote or encoder is None:
         console.print(f"✓ {len(sources) - len(remote)} local sources")
         return
-    domains = prepare(config, encoder, [])
+    here = [benchmark for benchmark in config.benchmarks if benchmark.reasoning_gym]
+    loaded = tasks.load(here, allow_code_execution=config.allow_code_execution)
+    domains = prepare(config, encoder, [text for task in loaded.values() for text in tasks.documents(task)])
     found: dict[str, dict[str, Any]] = {
         d.name: {"pool": len(d.train), "reference": len(d.reference), "account": d.account} for d in domains
     }
@@ -140,7 +145,7 @@ def _check_domains(config: Config, encoder: ChatEncoder | None, console: Console
         rejected = sum(sum(part["rejected"].values()) for part in found[name]["account"].values())
         console.print(
             f"✓ {name}: {volume} of {found[name]['pool']} examples, {found[name]['reference']} reference, "
-            f"{rejected} rows rejected"
+            f"{rejected} rows rejected, {found[name]['account']['train']['overlapping']} also held out"
         )
 
 

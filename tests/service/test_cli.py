@@ -216,6 +216,22 @@ def test_a_dry_run_of_a_model_that_is_made_knows_its_size(tmp_path: Path, capsys
     assert "D1: SFT" not in out
 
 
+@pytest.mark.usefixtures("nothing_starts")
+def test_a_dry_run_counts_what_benchmarks_ask_too(ideal: Console) -> None:
+    """Else a run would find out after its base model: a small space of questions leaves few that aren't held out."""
+    few = {"reasoning_gym": "gcd", "options": {"min_value": 1, "max_value": 4}}
+    math_of(ideal.tree)["train"] = {**few, "size": 24, "seed": 0}
+    ideal.tree["benchmarks"] = [{"name": "divisors", **few, "size": 40, "seed": 4000}]
+    status, _, errors = ideal("--dry-run")
+    assert status == 2
+    assert "asks for 12 examples" in errors
+    assert "also held out" in errors
+    ideal.tree["benchmarks"] = [{"name": "divisors", **few, "size": 1, "seed": 4000}]
+    status, out, _ = ideal("--dry-run")
+    assert status == 0
+    assert "0 rows rejected, " in out
+
+
 def test_the_template_names_fields_that_exist() -> None:
     """Its files are the user's, its fields are ours."""
     assert load(CONFIGS / "your-data.yaml").name == "my-mixture"
