@@ -62,7 +62,7 @@ class Log:
 def plan(volumes: Mapping[str, int], config: SftConfig, seed: int) -> list[Step]:
     """All steps of a run over a mixture."""
     order = data_order(volumes, config.epochs, seed)
-    total = math.ceil(len(order) / config.batch_examples)
+    total = number_of_steps(sum(volumes.values()), config)
     return [
         Step(
             n,
@@ -71,6 +71,11 @@ def plan(volumes: Mapping[str, int], config: SftConfig, seed: int) -> list[Step]
         )
         for n in range(total)
     ]
+
+
+def number_of_steps(examples: int, config: SftConfig) -> int:
+    """Of a run over so many examples; the last batch may be a smaller one."""
+    return math.ceil(max(1, round(examples * config.epochs)) / config.batch_examples)
 
 
 def averaged_steps(total: int, share: float) -> list[int]:

@@ -136,8 +136,7 @@ def _check_domains(config: Config, encoder: ChatEncoder | None, console: Console
         console.print(f"✓ {len(sources) - len(remote)} local sources")
         return
     here = [benchmark for benchmark in config.benchmarks if benchmark.reasoning_gym]
-    loaded = tasks.load(here, allow_code_execution=config.allow_code_execution)
-    domains = prepare(config, encoder, [text for task in loaded.values() for text in tasks.documents(task)])
+    domains = prepare(config, encoder, tasks.questions(here, allow_code_execution=config.allow_code_execution))
     found: dict[str, dict[str, Any]] = {
         d.name: {"pool": len(d.train), "reference": len(d.reference), "account": d.account} for d in domains
     }

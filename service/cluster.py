@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ideal.config import Config, ResourcesConfig
 from ideal.errors import BadInput
@@ -184,6 +184,27 @@ class Reservation:
 
     def __exit__(self, *exception: object) -> None:
         remove_placement_group(self.group)
+
+
+def on_one_worker(task: Any, *arguments: Any, cluster: Cluster, seconds: int, what: str, retries: int = 3) -> Any:
+    """What a Ray task returns that has the resources of one SFT worker.
+
+    Args:
+        seconds, what: as ``Reservation`` has them.
+        retries: where its process dies.
+
+    Raises:
+        BadInput: the resources weren't free in time.
+    """
+    bundle = cluster.per_worker(cluster.sft_cpus)
+    with Reservation([bundle], seconds, what) as reserved:
+        placed = task.options(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            max_retries=retries,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(reserved),
+        )
+        return ray.get(placed.remote(*arguments))
 
 
 def _list(resources: dict[str, float]) -> str:

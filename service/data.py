@@ -130,8 +130,7 @@ def domains(
         model: a folder with the tokenizer.
     """
     encoder = ChatEncoder(load_tokenizer(model), config.model.max_tokens)
-    loaded = tasks.load(config.benchmarks, allow_code_execution=config.allow_code_execution)
-    held_out = [text for benchmark in loaded.values() for text in tasks.documents(benchmark)]
+    held_out = tasks.questions(config.benchmarks, allow_code_execution=config.allow_code_execution)
     return prepare(config, encoder, held_out, progress)
 
 

@@ -50,7 +50,7 @@ class Optimisation(Mixtures):
                 self.outcome.stopped = f"all {config.iterations} iterations done"
             if config.scout < 1:
                 current = self.train(current.number, current.volumes, current.m)
-            self.benchmark(current)
+            self._score(current)
         finally:
             self.benchmarks.release()
         self.happened(self.outcome)
@@ -58,6 +58,11 @@ class Optimisation(Mixtures):
 
     def _scout(self, number: int, volumes: dict[str, int], m: float | None) -> Iteration:
         return self.train(number, volumes, m, share=self.config.equilibrium.scout)
+
+    def _score(self, current: Iteration) -> None:
+        """Benchmarks; of a mixture that was trained on a share of itself they say nothing."""
+        if current.share == 1:
+            self.benchmark(current)
 
     def _improve(self, current: Iteration, number: int, m: float) -> tuple[Iteration | None, float]:
         """The next accepted mixture and the m that led to it; None if the run is at its end."""
@@ -76,8 +81,7 @@ class Optimisation(Mixtures):
                 current.update = step
                 return following, m
             following.accepted = False
-            if following.share == 1:
-                self.benchmark(following)
+            self._score(following)
             m /= 2
         self.outcome.stopped = f"the reference loss rose, down to m = {m * 2:g}: D{current.number} is kept"
         return None, m
@@ -99,8 +103,8 @@ class Optimisation(Mixtures):
         )
 
     def _influence_and_benchmark(self, current: Iteration) -> None:
-        """Both read the same checkpoint: at the same time where the cluster has room. A share's score says nothing."""
-        steps = [self._influence, self.benchmark] if current.share == 1 else [self._influence]
+        """Both read the same checkpoint: at the same time where the cluster has room."""
+        steps = [self._influence, self._score]
         if not self.cluster.together:
             for step in steps:
                 step(current)

@@ -91,6 +91,7 @@ class Outcome:
 
 
 def named(number: int, share: float) -> str:
+    """An iteration's name, unless a method gives it one."""
     return f"D{number}" + (f" ×{share:g}" if share < 1 else "")
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from safetensors.torch import load_file
 
 from ideal.batches import length
@@ -23,10 +22,10 @@ from ideal.examples import ExampleSet
 from ideal.methods import doge as doge_method
 from ideal.methods import doremi as doremi_method
 from ideal.methods import merge as merge_method
-from ideal.methods.proxy import Stepped, number_of_steps
+from ideal.methods.proxy import Stepped
 from ideal.model import DTYPES, device, load_model
-from ideal.training import Trainer
-from service.cluster import Cluster, Reservation
+from ideal.training import Trainer, number_of_steps
+from service.cluster import Cluster, on_one_worker
 from service.data import MODEL, reference_file, train_file
 from service.progress import Reporter
 from service.reference import losses_of, means
@@ -94,14 +93,11 @@ def merged(work: Work, models: Sequence[Path], shares: Sequence[Sequence[float]]
 
 
 def _on_a_worker(work: Work, what: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    bundle = work.cluster.per_worker(work.cluster.sft_cpus)
-    with Reservation([bundle], work.config.resources.wait_seconds, work.config.method) as reserved:
-        task = _task.options(
-            num_cpus=bundle["CPU"],
-            num_gpus=bundle.get("GPU", 0),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(reserved),
-        )
-        found: dict[str, Any] = ray.get(task.remote(what, work, *arguments))
+    config, cluster = work.config, work.cluster
+    seconds = config.resources.wait_seconds
+    found: dict[str, Any] = on_one_worker(
+        _task, what, work, *arguments, cluster=cluster, seconds=seconds, what=config.method
+    )
     return found
 
 

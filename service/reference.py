@@ -9,14 +9,13 @@ from typing import Any
 
 import ray
 import torch
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import nn
 
 from ideal.config import Config
 from ideal.examples import ExampleSet
 from ideal.model import DTYPES, device, load_model
 from ideal.training import example_losses
-from service.cluster import Cluster, Reservation
+from service.cluster import Cluster, on_one_worker
 from service.data import MODEL, reference_file
 from service.progress import Reporter
 
@@ -36,14 +35,9 @@ def reference_losses(
     progress: Reporter,
 ) -> dict[str, Any]:
     """Each reference set's loss (mean per supervised token, nats) and tokens; each example's go to ``folder``."""
-    bundle = cluster.per_worker(cluster.sft_cpus)
-    with Reservation([bundle], config.resources.wait_seconds, "reference loss") as reserved:
-        task = _losses.options(
-            num_cpus=bundle["CPU"],
-            num_gpus=bundle.get("GPU", 0),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(reserved),
-        )
-        found: Losses = ray.get(task.remote(checkpoint / MODEL, data, domains, config, cluster.sft_cpus, progress))
+    arguments = (checkpoint / MODEL, data, domains, config, cluster.sft_cpus, progress)
+    seconds = config.resources.wait_seconds
+    found: Losses = on_one_worker(_losses, *arguments, cluster=cluster, seconds=seconds, what="reference loss")
     (folder / BY_EXAMPLE).write_text(json.dumps(found))
     return means(found)
 

@@ -20,14 +20,13 @@ import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ideal.config import ResourcesConfig, SftConfig
 from ideal.examples import ExampleSet
 from ideal.model import load_tokenizer
 from ideal.sharded import ShardedTrainer
 from ideal.training import AVERAGE, Trainer, plan, train
-from service.cluster import Cluster, Reservation
+from service.cluster import Cluster, on_one_worker
 from service.data import MODEL, train_file
 from service.progress import Reporter
 from service.stages import WORK
@@ -78,7 +77,8 @@ def sft(
     if cluster.gpus or cluster.sft_workers > 1 or sharded:
         _group(task, cluster)
     else:
-        _alone(task, cluster)
+        task["kept"] = folder / WORK / "kept"
+        on_one_worker(_train_here, task, cluster=cluster, seconds=resources.wait_seconds, what="SFT", retries=RETRIES)
     logs = json.loads((folder / "steps.json").read_text())
     seconds, tokens = sum(log["seconds"] for log in logs), sum(log["tokens"] for log in logs)
     return {
@@ -109,14 +109,6 @@ def _group(task: dict[str, Any], cluster: Cluster) -> None:
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     ).fit()
-
-
-def _alone(task: dict[str, Any], cluster: Cluster) -> None:
-    bundle = cluster.per_worker(cluster.sft_cpus)
-    with Reservation([bundle], task["resources"].wait_seconds, "SFT") as reserved:
-        placed = PlacementGroupSchedulingStrategy(reserved)
-        remote = _train_here.options(num_cpus=bundle["CPU"], scheduling_strategy=placed, max_retries=RETRIES)
-        ray.get(remote.remote({**task, "kept": task["folder"] / WORK / "kept"}))
 
 
 @ray.remote
@@ -167,23 +159,26 @@ def _checkpoint(trainer: Trainer | ShardedTrainer, logs: list[dict[str, Any]], r
     Args:
         kept: where a lone worker keeps its state: for it alone, Ray Train doesn't.
     """
+    if kept:
+        _keep(trainer, logs, kept)
+        return
     keeps = rank == 0 or isinstance(trainer, ShardedTrainer)
     with tempfile.TemporaryDirectory() as folder:
         if keeps:
             trainer.save_state(Path(folder))
         if rank == 0:
             (Path(folder) / "steps.json").write_text(json.dumps(logs))
-        if kept:
-            _keep(Path(folder), kept, trainer.next_step)
         metrics = {"step": trainer.next_step}
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if keeps else None)
 
 
-def _keep(folder: Path, kept: Path, step: int) -> None:
+def _keep(trainer: Trainer | ShardedTrainer, logs: list[dict[str, Any]], kept: Path) -> None:
     """Only what is whole has a step's name; those before it go."""
     unfinished, before = kept / "unfinished", list(kept.glob("step-*"))
-    shutil.copytree(folder, unfinished, dirs_exist_ok=True)
-    unfinished.rename(kept / f"step-{step:08}")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    trainer.save_state(unfinished)
+    (unfinished / "steps.json").write_text(json.dumps(logs))
+    unfinished.rename(kept / f"step-{trainer.next_step:08}")
     for old in before:
         shutil.rmtree(old)
 

@@ -89,17 +89,24 @@ class Command:
             assert time.time() < deadline, f"it doesn't come:\n{self.output.read_text()}"
             time.sleep(0.05)
 
-    def killed_and_again(self, *arguments: str, when: Callable[[], object], seconds: float = 300) -> Ended:
-        """The command, killed once something is there that it makes, and again: it repeats no recorded stage."""
+    def killed_and_again(
+        self, *arguments: str, when: Callable[[], object], before: str | None = None, seconds: float = 300
+    ) -> Ended:
+        """The command, killed once something is there that it makes, and again: it repeats no recorded stage.
+
+        Args:
+            before: a kind of stage that the kill must come before the first record of.
+        """
         process = self.start(*arguments)
         self.wait_for(when, process, seconds)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert self.alone(30), self.processes()
-        before = self.records()
+        recorded = self.records()
+        assert before is None or not self.records(before)
         ended = self(*arguments)
         after = self.records()
-        assert {path: after.get(path) for path in before} == before, "a recorded stage ran again"
+        assert {path: after.get(path) for path in recorded} == recorded, "a recorded stage ran again"
         return ended
 
     def clean(self) -> None:

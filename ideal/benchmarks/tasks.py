@@ -65,6 +65,16 @@ def load(benchmarks: Sequence[BenchmarkConfig], *, allow_code_execution: bool) -
     return loaded
 
 
+def questions(benchmarks: Sequence[BenchmarkConfig], *, allow_code_execution: bool) -> list[str]:
+    """Every text of all these benchmarks' items that a training prompt could equal.
+
+    Raises:
+        BadInput: as `load`.
+    """
+    loaded = load(benchmarks, allow_code_execution=allow_code_execution)
+    return [text for benchmark in loaded.values() for text in documents(benchmark)]
+
+
 def documents(loaded: TaskDict) -> list[str]:
     """Every text of a benchmark's items that a training prompt could equal.
 

@@ -5,7 +5,6 @@ A domain that a batch lacks would keep its old score while the others' are renew
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from ideal.config import SftConfig
 from ideal.examples import ExampleSet
 from ideal.methods.problem import Array
 from ideal.mixture import seeded
-from ideal.training import Step, schedule
+from ideal.training import Step, number_of_steps, schedule
 
 Batch = list[list[Item]]
 """Of each domain, its examples."""
@@ -35,13 +34,8 @@ class Stepped:
     tokens: int
 
 
-def number_of_steps(total: int, config: SftConfig) -> int:
-    """As many as SFT has on ``total`` examples."""
-    return math.ceil(max(1, round(total * config.epochs)) / config.batch_examples)
-
-
 def steps(sets: Mapping[str, ExampleSet], total: int, config: SftConfig, seed: int) -> Iterator[tuple[Step, Batch]]:
-    """A proxy's steps, each with examples of every domain.
+    """As many steps as SFT has on ``total`` examples, each with examples of every domain.
 
     A batch's places go to the domains equally; those that are left over, to each domain in turn.
     """

@@ -188,7 +188,9 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(
     killed = Command(tmp_path, tree)
     try:
         half = killed.storage / "stages" / "influence"
-        ended = killed.killed_and_again(when=lambda: killed.records("sft") and list(half.glob("*/*/*/*")))
+        ended = killed.killed_and_again(
+            when=lambda: killed.records("sft") and list(half.glob("*/*/*/*")), before="influence"
+        )
         assert ended.status == 0, ended.output
         same(killed.report(), command.report())
         assert {path.parent.name for path in killed.records()} == {path.parent.name for path in command.records()}
