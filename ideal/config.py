@@ -19,8 +19,20 @@ from ideal.config_inputs import BenchmarkConfig, DomainConfig, ModelConfig, Name
 Solver = Literal["identity", "adam", "kfac", "ekfac", "exact"]
 
 
+class LoraConfig(Section):
+    """Low-rank adapters that are trained in place of the weights (``ideal.lora``)."""
+
+    rank: PositiveInt = Field(16, description="r, the width between A and B.")
+    alpha: PositiveInt = Field(32, description="α: what an adapter adds is multiplied by alpha / rank.")
+    targets: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Linear layers that get one, by the end of their names (`q_proj`). Default: all but the head.",
+    )
+
+
 class SftConfig(Section):
-    """Supervised fine-tuning of all weights: AdamW, linear warm-up, then decay."""
+    """Supervised fine-tuning: AdamW, linear warm-up, then decay."""
 
     epochs: float = Field(1.0, gt=0, description="Passes over the mixture (paper: 1 and 3).")
     learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate (paper: 1e-5).")
@@ -35,6 +47,15 @@ class SftConfig(Section):
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="Arithmetic of forward and backward; master weights and moments are always fp32."
     )
+    lora: LoraConfig | None = Field(
+        None,
+        description="Train adapters of low rank; their learning rate is ten times or more a whole model's. Default: "
+        "all weights are trained.",
+    )
+
+    def of_the_weights(self) -> dict[str, Any]:
+        """The settings that trained weights depend on."""
+        return self.model_dump(mode="json", exclude_none=True)
 
 
 class InfluenceConfig(Section):
@@ -281,6 +302,12 @@ class Config(Section):
             raise ValueError("`method: specific` needs methods.domain, the domain that is trained on")
         if self.method in ("doremi", "doge") and self.sft.batch_examples < len(names):
             raise ValueError(f"`method: {self.method}` needs sft.batch_examples of {len(names)}, one for each domain")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_are_not_divided(self) -> Config:
+        if self.sft.lora and self.resources.shard == "always":
+            raise ValueError("resources.shard: `always` divides whole models; it can't be had with sft.lora")
         return self
 
     @model_validator(mode="after")

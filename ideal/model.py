@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
+from ideal import lora
 from ideal.batches import IGNORED, Batch
 from ideal.config_inputs import MadeModel, ModelConfig
 from ideal.errors import BadInput
@@ -103,8 +104,10 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device | str = "c
     """
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
+            lora.base_of(folder), dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
         )
+        if lora.is_adapter(folder):
+            model.load_adapter(str(folder))  # type: ignore[operator]
     except Exception as error:  # safetensors, OS and transformers errors alike mean: not loadable
         raise BadInput("model", f"{folder} doesn't load: {error}", "check the folder, or fetch it again") from None
     model.eval()

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ideal import lora
 from ideal.batches import Item, batches, length
 from ideal.config import SftConfig
 from ideal.examples import ExampleSet
@@ -113,15 +114,19 @@ class Trainer:
         gradient_checkpointing: bool = False,
     ) -> None:
         self.config, self.device, self.batch_tokens = config, device, batch_tokens
-        self.model = load_model(folder, torch.float32, device)
+        self.model = load_model(folder, DTYPES[config.precision] if config.lora else torch.float32, device)
+        if config.lora:
+            lora.add(self.model, config.lora)
         self.model.train()
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable()  # type: ignore[operator]
-        self.matrices = Flat([p for p in self.model.parameters() if p.ndim >= 2])
-        self.vectors = Flat([p for p in self.model.parameters() if p.ndim < 2])
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        matrices, vectors = ([p for p in trained if (p.ndim >= 2) == large] for large in (True, False))
+        self.flats = {name: Flat(part) for name, part in (("matrices", matrices), ("vectors", vectors)) if part}
         for parameter in self.model.parameters():  # the parameters alone: rounded rotary frequencies shift positions
             parameter.data = parameter.data.to(DTYPES[config.precision])
-        self.optimizer = optimizer_of([self.matrices.master], [self.vectors.master], config)
+        masters = {name: [flat.master] for name, flat in self.flats.items()}
+        self.optimizer = optimizer_of(masters["matrices"], masters.get("vectors", []), config)
         self.next_step = 0
         self.rates = 0.0
         self.snapshots = 0
@@ -141,7 +146,7 @@ class Trainer:
         return Log(step.number, loss, norm, sum(length(item) for item in items))
 
     def accumulate(self, items: list[Item], weights: Sequence[float] | None = None) -> float:
-        """Leave the gradient of a batch's mean loss in ``matrices`` and ``vectors``; returns that loss.
+        """Leave the gradient of a batch's mean loss in ``flats``; returns that loss.
 
         Args:
             items: the global batch.
@@ -152,7 +157,7 @@ class Trainer:
         total = sum(weight * int(supervised[1:].sum()) for (_, supervised), weight in weighed)
         mine = weighed[rank::world]
         summed = torch.zeros((), device=self.device)
-        for flat in (self.matrices, self.vectors):
+        for flat in self.flats.values():
             flat.gradient.zero_()
         for rows, batch in batches([item for item, _ in mine], self.batch_tokens):
             moved = batch.to(self.device)
@@ -164,7 +169,7 @@ class Trainer:
                 loss = (token_losses(logits, moved) * each.repeat_interleave(supervised_counts(moved))).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             summed += loss.detach()
-        gradients = [self.matrices.gradient, self.vectors.gradient]
+        gradients = [flat.gradient for flat in self.flats.values()]
         if world > 1:
             for tensor in [*gradients, summed]:
                 dist.all_reduce(tensor)
@@ -174,9 +179,9 @@ class Trainer:
 
     def move(self, step: Step) -> float:
         """Clip the gradient and step along it; returns its norm before."""
-        norm = nn.utils.clip_grad_norm_([self.matrices.master, self.vectors.master], self.config.clip_norm)
+        norm = nn.utils.clip_grad_norm_([flat.master for flat in self.flats.values()], self.config.clip_norm)
         update(self.optimizer, step.number, step.rate, norm)
-        for flat in (self.matrices, self.vectors):
+        for flat in self.flats.values():
             flat.write_back()
         self.next_step = step.number + 1
         self.rates += step.rate
@@ -188,7 +193,7 @@ class Trainer:
         if dist.is_initialized() and dist.get_rank():
             return
         self.snapshots += 1
-        for name, flat in (("matrices", self.matrices), ("vectors", self.vectors)):
+        for name, flat in self.flats.items():
             weights = flat.master.detach().cpu()
             if name in self.means:
                 self.means[name].lerp_(weights, 1 / self.snapshots)
@@ -200,14 +205,14 @@ class Trainer:
         tensors = {"next_step": torch.tensor(self.next_step), "rates": torch.tensor(self.rates, dtype=torch.float64)}
         tensors |= {"snapshots": torch.tensor(self.snapshots)}
         tensors |= {f"means.{name}": mean for name, mean in self.means.items()}
-        for name, flat in (("matrices", self.matrices), ("vectors", self.vectors)):
+        for name, flat in self.flats.items():
             tensors[name] = flat.master.detach()
             tensors |= {f"{name}.{key}": value for key, value in self.optimizer.state[flat.master].items()}
         save_file(tensors, folder / "state.safetensors")
 
     def load_state(self, folder: Path) -> None:
         state = load_file(folder / "state.safetensors", device=str(self.device))
-        for name, flat in (("matrices", self.matrices), ("vectors", self.vectors)):
+        for name, flat in self.flats.items():
             flat.master.data.copy_(state[name])
             flat.write_back()
             prefix = f"{name}."
@@ -216,23 +221,24 @@ class Trainer:
             }
         self.next_step, self.rates = int(state["next_step"]), float(state["rates"])
         self.snapshots = int(state["snapshots"])
-        self.means = {name: state[f"means.{name}"].cpu() for name in ("matrices", "vectors") if self.snapshots}
+        self.means = {name: state[f"means.{name}"].cpu() for name in self.flats if self.snapshots}
 
     def damping(self) -> dict[str, torch.Tensor]:
-        """Λ of every matrix, by its name, bf16."""
-        root = stiffness(self.optimizer.state[self.matrices.master], self.optimizer.param_groups[0], self.rates)
-        matrices = [(name, p) for name, p in self.model.named_parameters() if p.ndim >= 2]
+        """Λ of every trained matrix, by its name, bf16."""
+        state = self.optimizer.state[self.flats["matrices"].master]
+        root = stiffness(state, self.optimizer.param_groups[0], self.rates)
+        matrices = [(name, p) for name, p in self.model.named_parameters() if p.ndim >= 2 and p.requires_grad]
         parts = torch.split(root.to(torch.bfloat16), [p.numel() for _, p in matrices])
         return {name: part.view_as(p) for (name, p), part in zip(matrices, parts, strict=True)}
 
     def save_model(self, folder: Path) -> None:
-        """The trained model in the transformers format, in the run's precision."""
+        """The trained model, or its adapters, in the transformers format, in the run's precision."""
         self.model.save_pretrained(folder)  # type: ignore[operator]
 
     @torch.no_grad()
     def save_average(self, folder: Path) -> None:
         """The mean of the snapshots as a model in the transformers format; the trainer's own is that from then on."""
-        for name, flat in (("matrices", self.matrices), ("vectors", self.vectors)):
+        for name, flat in self.flats.items():
             flat.master.copy_(self.means[name])
             flat.write_back()
         self.save_model(folder)

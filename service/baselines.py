@@ -111,7 +111,7 @@ class Baseline(Mixtures):
         inputs: dict[str, str],
         work: Callable[[Path, Reporter], dict[str, Any]],
     ) -> dict[str, Any]:
-        shared = {"sft": self.config.sft.model_dump(mode="json"), "seed": self.config.seed}
+        shared = {"sft": self.config.sft.of_the_weights(), "seed": self.config.seed}
         shared["volumes"] = dict(self.problem.volumes)
         given = {"model": self.base.fingerprint, "data": self.data.fingerprint, **inputs}
         return self._tried(self.stage(Stage(kind, {**shared, **settings}, given), kind, work)).result

@@ -17,6 +17,7 @@ import ray
 from ideal.benchmarks.evaluation import evaluate
 from ideal.config import Config
 from ideal.config_inputs import BenchmarkConfig
+from ideal.lora import is_adapter
 from service.cluster import Cluster, Reservation
 from service.data import MODEL
 from service.progress import Reporter
@@ -59,7 +60,7 @@ class Engine:
         else:
             reload(self.llm, model)
         scores = evaluate(
-            VllmModel(self.llm, seed),
+            VllmModel(self.llm, seed, adapter=model if is_adapter(model) else None),
             benchmarks,
             allow_code_execution=self.config.allow_code_execution,
             progress=progress,

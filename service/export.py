@@ -23,7 +23,7 @@ from datasets import Dataset, disable_progress_bars
 from rich.console import Console
 from rich.markup import escape
 
-from ideal.config import Config
+from ideal.config import Config, LoraConfig
 from ideal.domains import Domain
 from ideal.errors import BadInput
 from ideal.mixture import data_order, draw
@@ -115,6 +115,7 @@ def trainers(config: Config, model: str, examples: int) -> dict[str, Any]:
     own = {"model_name_or_path": model, "per_device_train_batch_size": 1, "num_train_epochs": sft.epochs}
     tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user"}
     tags |= {"assistant_tag": "assistant", "system_tag": "system"}
+    adapters = _adapters(sft.lora)
     form = {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
     return {
         "dataset_info.json": {"ideal": {"file_name": "train.jsonl", **form}},
@@ -124,7 +125,7 @@ def trainers(config: Config, model: str, examples: int) -> dict[str, Any]:
             "lr_scheduler_type": DECAY[sft.decay],
             "stage": "sft",
             "do_train": True,
-            "finetuning_type": "full",
+            **adapters["llama-factory"],
             "dataset_dir": ".",
             "dataset": "ideal",
             "cutoff_len": config.model.max_tokens,
@@ -136,6 +137,7 @@ def trainers(config: Config, model: str, examples: int) -> dict[str, Any]:
             "datasets": [
                 {"path": "train.jsonl", "ds_type": "json", "type": "chat_template", "field_messages": "messages"}
             ],
+            **adapters["axolotl"],
             "sequence_len": config.model.max_tokens,
             "micro_batch_size": 1,
             "num_epochs": sft.epochs,
@@ -150,8 +152,23 @@ def trainers(config: Config, model: str, examples: int) -> dict[str, Any]:
             "datasets": [{"path": "json", "data_files": "train.jsonl", "split": "train"}],
             "max_length": config.model.max_tokens,
             "assistant_only_loss": True,
+            **adapters["trl"],
             "output_dir": "trl",
         },
+    }
+
+
+def _adapters(lora: LoraConfig | None) -> dict[str, dict[str, Any]]:
+    """What each trainer is told of adapters."""
+    if lora is None:
+        return {"llama-factory": {"finetuning_type": "full"}, "axolotl": {}, "trl": {}}
+    sizes = {"lora_alpha": lora.alpha, "lora_dropout": 0.0}
+    targets = {"lora_target_modules": lora.targets} if lora.targets else {"lora_target_linear": True}
+    factory = {"finetuning_type": "lora", "lora_rank": lora.rank, "lora_target": ",".join(lora.targets or ["all"])}
+    return {
+        "llama-factory": {**factory, **sizes},
+        "axolotl": {"adapter": "lora", "lora_r": lora.rank, **targets, **sizes},
+        "trl": {"use_peft": True, "lora_r": lora.rank, "lora_target_modules": lora.targets or ["all-linear"], **sizes},
     }
 
 

@@ -50,7 +50,7 @@ def forecast(
         BadInput: no shapes for the model, a size that is none, or local data that isn't there.
     """
     shapes = read_shapes(config, model)
-    sizes = Sizes.of(shapes, config.influence.layers)
+    sizes = Sizes.of(shapes, config.influence.layers, config.sft.lora)
     here = None
     if gpus is None and gpu_memory is None and tflops is None:
         try:

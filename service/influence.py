@@ -26,6 +26,7 @@ from ideal.config import Config
 from ideal.curvature.layers import input_group, layer_shapes
 from ideal.errors import BadInput
 from ideal.influence import shard
+from ideal.lora import base_of
 from ideal.products import block_products, combined, table_of
 from ideal.sampled import curvature_blocks
 from ideal.solvers import coupled
@@ -64,7 +65,7 @@ def influence(
         BadInput: no layer matches, or no resources in time.
     """
     model = for_influence(checkpoint)
-    shapes = layer_shapes(AutoConfig.from_pretrained(model), config.influence.layers)
+    shapes = layer_shapes(AutoConfig.from_pretrained(base_of(model)), config.influence.layers, config.sft.lora)
     groups = [list(part) for part in cut(shapes, layer_blocks)]
     if config.influence.solver == "exact" and len(groups) > 1:
         raise BadInput(

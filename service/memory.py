@@ -2,10 +2,11 @@
 
 V is the vocabulary, T a forward pass's supervised tokens, w 2 bytes (bf16) or 4 (fp32):
 
-- SFT: parameters in w; master weights, gradient sums and two moments in fp32; without a GPU the mean of the last
-  weights, too; activations; logits, their softmax and its gradient in fp32 (12 T V). Sharded over n workers: an nth of
-  all that is fp32; besides, in w, two layers' weights and the vocabulary's, gathered; the gradient of what is largest
-  of them, in w and in fp32 as it is summed. Without a GPU each worker first reads the whole model where it trains.
+- SFT: parameters in w; master weights, gradient sums and two moments in fp32, of adapters alone where these are
+  trained; without a GPU the mean of the last weights, too; activations; logits, their softmax and its gradient in fp32
+  (12 T V). Sharded over n workers: an nth of all that is fp32; besides, in w, two layers' weights and the
+  vocabulary's, gathered; the gradient of what is largest of them, in w and in fp32 as it is summed. Without a GPU each
+  worker first reads the whole model where it trains.
 - Influence's pass: parameters in w; the layers' factors and one block's gradient in fp32; activations above the lowest
   tracked layer; two sets of output gradients; logits and what two backward passes make of them in fp32 (20 T V).
 - Influence's solve: all sets' gradients of one layer, three times; with `kfac` and `ekfac` one inverse or
@@ -27,7 +28,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ideal.config import Config
+from ideal import lora
+from ideal.config import Config, LoraConfig
 from ideal.curvature.joint import TANGENTS, at_once
 from ideal.curvature.layers import input_group, layer_shapes
 from ideal.solvers import FACTORED, needs_eigenvectors, needs_factors
@@ -67,6 +69,7 @@ class Sizes:
 
     Attributes:
         head: elements of the product with the vocabulary.
+        trained: parameters that SFT trains: all of these, or the adapters', which are none of them.
         vocabularies: matrices of that size: 1 where input and output share theirs, else 2.
         body: elements of all other matrices that tokens are multiplied with.
         heads: of attention.
@@ -76,6 +79,7 @@ class Sizes:
     """
 
     parameters: int
+    trained: int
     head: int
     vocabularies: int
     body: int
@@ -88,15 +92,20 @@ class Sizes:
     tracked: Layers
 
     @property
+    def adapters(self) -> int:
+        """Parameters of the adapters; 0 without."""
+        return self.trained if self.trained < self.parameters else 0
+
+    @property
     def tracked_weights(self) -> int:
         return sum(rows * columns for rows, columns in self.tracked.values())
 
     @classmethod
-    def of(cls, shapes: PretrainedConfig, patterns: list[str]) -> Sizes:
-        """Sizes of a transformers configuration.
+    def of(cls, shapes: PretrainedConfig, patterns: list[str], adapters: LoraConfig | None = None) -> Sizes:
+        """Sizes of a transformers configuration, with adapters if these are trained.
 
         Raises:
-            BadInput: a pattern of tracked layers matches none.
+            BadInput: a pattern of tracked layers matches none, or a target of the adapters.
         """
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shapes)  # type: ignore[no-untyped-call]
@@ -104,9 +113,12 @@ class Sizes:
         head = shapes.hidden_size * shapes.vocab_size
         tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
         matrices = 1 if tied else 2
+        if adapters:
+            lora.add(model, adapters)
         heads = shapes.num_attention_heads
         return cls(
             parameters,
+            sum(p.numel() for p in model.parameters() if p.requires_grad),
             head,
             matrices,
             parameters - head * matrices,
@@ -116,7 +128,7 @@ class Sizes:
             heads * (getattr(shapes, "head_dim", None) or shapes.hidden_size // heads),
             getattr(shapes, "intermediate_size", None) or 4 * shapes.hidden_size,
             shapes.vocab_size,
-            layer_shapes(shapes, patterns),
+            layer_shapes(shapes, patterns, adapters),
         )
 
 
@@ -145,6 +157,9 @@ def depth(sizes: Sizes, layers: Layers) -> int:
 def sft_memory(config: Config, sizes: Sizes, supervised: float) -> int:
     """Bytes of one SFT worker from its second step on."""
     width = WIDTH[config.sft.precision]
+    if config.sft.lora:
+        working = _working_memory(config, sizes, supervised, 0)
+        return sizes.parameters * width + sizes.trained * (width + 16) + working
     shared = width * sizes.head if sizes.vocabularies == 1 else 0  # the head's gradient waits for the embedding's
     working = _working_memory(config, sizes, supervised, shared)
     return sizes.parameters * (width + 16) + max(working, 2 * shared + width * sizes.head)  # and their sum

@@ -124,7 +124,7 @@ class Mixtures(Study):
         stage = Stage(
             "sft",
             {
-                "sft": config.sft.model_dump(mode="json"),
+                "sft": config.sft.of_the_weights(),
                 "averaged": config.influence.averaged,
                 "seed": config.seed,
                 "volumes": volumes,

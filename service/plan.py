@@ -11,6 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from ideal.config import Config
 from ideal.errors import BadInput
+from ideal.lora import base_of
 from service.cluster import Cluster
 from service.memory import (
     GIB,
@@ -97,8 +98,8 @@ def plan(config: Config, shapes: PretrainedConfig, cluster: Cluster, device_memo
             "model.source",
             f"SFT of {found.parameters / 1e9:.2f} B parameters needs {found.sft / GIB:.1f} GiB in each worker, "
             f"which has {found.sft_available / GIB:.1f} GiB",
-            "use more workers (they share it), a smaller model, fewer resources.batch_tokens, or "
-            "resources.gradient_checkpointing",
+            f"{'' if config.sft.lora else 'train adapters (sft.lora), use more workers (they share it), '}"
+            "take a smaller model, fewer resources.batch_tokens, or resources.gradient_checkpointing",
         )
     if found.influence_solve > found.available:
         raise BadInput(
@@ -130,7 +131,7 @@ def estimate(
         shapes, cluster, device_memory: as ``plan`` has them.
         supervised: share of a batch's tokens.
     """
-    sizes = Sizes.of(shapes, config.influence.layers)
+    sizes = Sizes.of(shapes, config.influence.layers, config.sft.lora)
     available = int(USABLE * (device_memory or worker_memory(cluster, cluster.influence_workers)))
     for_sft = int(USABLE * (device_memory or worker_memory(cluster, cluster.sft_workers)))
     counts = range(1, len(sizes.tracked) + 1)
@@ -143,10 +144,10 @@ def estimate(
     blocks = min(blocks, len(sizes.tracked))
     tracked = sizes.tracked_weights
     workers = cluster.sft_workers
-    mean = 4 * sizes.parameters if config.influence.averaged and not cluster.gpus else 0
+    mean = 4 * sizes.trained if config.influence.averaged and not cluster.gpus else 0
     whole = sft_memory(config, sizes, supervised) + mean
     sharded = config.resources.shard == "always" or (
-        config.resources.shard == "auto" and workers > 1 and whole > for_sft
+        config.resources.shard == "auto" and not config.sft.lora and workers > 1 and whole > for_sft
     )
     if sharded:
         reading = 0 if cluster.gpus else 4 * sizes.parameters
@@ -167,7 +168,7 @@ def estimate(
         cluster.influence_workers,
         tracked * 2 * (4 * units(config) + kept * len(config.domains)),
         (config.equilibrium.iterations + 1 + (config.equilibrium.scout < 1))
-        * sizes.parameters
+        * sizes.trained
         * WIDTH[config.sft.precision]
         * copies,
     )
@@ -175,7 +176,8 @@ def estimate(
 
 def layer_blocks(config: Config, model: Path, cluster: Cluster) -> int:
     """Parts to cut the tracked layers in: the config's number, or as few as fit in memory."""
-    return config.resources.layer_blocks or plan(config, AutoConfig.from_pretrained(model), cluster).layer_blocks
+    shapes = AutoConfig.from_pretrained(base_of(model))
+    return config.resources.layer_blocks or plan(config, shapes, cluster).layer_blocks
 
 
 def shards_training(config: Config, model: Path, cluster: Cluster) -> bool:

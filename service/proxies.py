@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from safetensors.torch import load_file
 
 from ideal.batches import length
 from ideal.config import Config
 from ideal.examples import ExampleSet
+from ideal.lora import whole_weights
 from ideal.methods import doge as doge_method
 from ideal.methods import doremi as doremi_method
 from ideal.methods import merge as merge_method
@@ -126,7 +126,8 @@ def _doge(work: Work, folder: Path) -> dict[str, Any]:
 def _merged(work: Work, models: list[Path], shares: Sequence[Sequence[float]]) -> dict[str, Any]:
     config, where = work.config, device()
     model = load_model(work.base / MODEL, DTYPES[config.influence.precision], where)
-    read = [_weights(folder / MODEL) for folder in models]
+    exact = torch.float32 if config.sft.lora else DTYPES[config.sft.precision]  # adapters are less than bf16's steps
+    read = [whole_weights(load_model(folder / MODEL, exact)) for folder in models]
     losses = []
     for each in shares:
         merge_method.average(model, read, each)
@@ -134,10 +135,6 @@ def _merged(work: Work, models: list[Path], shares: Sequence[Sequence[float]]) -
         losses.append({domain: row["loss"] for domain, row in found.items()})
     once = sum(length(item) for reference in work.references().values() for item in reference)
     return {"losses": losses, "tokens": once * len(shares)}
-
-
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def _watched(work: Work, found: Iterator[Stepped], folder: Path) -> dict[str, Any]:

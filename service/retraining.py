@@ -43,7 +43,7 @@ def training_stage(
     Args:
         keep: the trained model, too.
     """
-    settings = {"sft": config.sft.model_dump(mode="json"), "seed": seed, "volumes": volumes, "keep": keep}
+    settings = {"sft": config.sft.of_the_weights(), "seed": seed, "volumes": volumes, "keep": keep}
     if keep:
         settings["averaged"] = config.influence.averaged
     return Stage("retraining", settings, {"model": base.fingerprint, "data": data.fingerprint})

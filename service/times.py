@@ -111,14 +111,15 @@ def seconds(
     shards = max(1, machine.influence_workers // len(parts))
     examples = sum(work.volumes) * config.sft.epochs
     again = 4 / 3 if config.resources.gradient_checkpointing else 1
-    multiplied = examples * work.tokens * 6 * (sizes.body * again + sizes.head)
+    products = 4 if config.sft.lora else 6  # of each weight with a token: those for its own gradient aren't needed
+    multiplied = examples * work.tokens * (products * (sizes.body * again + sizes.head) + 6 * sizes.adapters)
     steps = math.ceil(examples / config.sft.batch_examples)
-    update = sizes.parameters * UPDATE_BYTES / together.memory
+    update = sizes.trained * UPDATE_BYTES / together.memory
     exchanged = 2 * 4 if machine.sft_workers > 1 else 0
     if sharded:
         passes = math.ceil(config.sft.batch_examples * work.tokens / machine.sft_workers / batch(config))
         exchanged = passes * (2 * WIDTH[config.sft.precision] + 4)
-    exchange = exchanged * sizes.parameters / together.link
+    exchange = exchanged * sizes.trained / together.link
     reference = work.reference * work.tokens
     sample = sum(min(config.influence.examples, volume) for volume in work.volumes) * work.tokens
     solver = config.influence.solver

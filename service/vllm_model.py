@@ -1,7 +1,8 @@
 """One vLLM engine as an lm-eval model, with weights that can be exchanged while it runs.
 
 Starting an engine takes tens of seconds and exchanging its weights takes less than one, so an engine
-is started once and scores every checkpoint of its shape. The environment that vLLM reads is set before it is
+is started once and scores every checkpoint of its shape. Of adapters it holds their base and takes them up beside it,
+unmerged. The environment that vLLM reads is set before it is
 imported: this module imports it inside its functions alone.
 """
 
@@ -12,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -28,6 +29,7 @@ from tqdm.asyncio import tqdm_asyncio
 from transformers import AutoConfig
 
 from ideal.errors import BadInput
+from ideal.lora import base_of, is_adapter, sizes_of
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 DEFAULT_NEW_TOKENS = 256
 GPU_SHARE = 0.85
 CPU_CACHE_GIB = 1
+ADAPTER = 1
+"""vLLM's number of the adapters that an engine has taken up."""
 
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -51,7 +55,7 @@ def start_engine(
     """Start an engine in this process. It keeps `OMP_NUM_THREADS` threads busy on a CPU.
 
     Args:
-        folder: a model and its tokenizer in the transformers format.
+        folder: a model, or adapters of one, and its tokenizer in the transformers format.
         max_tokens: longest prompt and answer together, in tokens; at most what the model was made for.
         memory: share of the GPU, or GiB of key-value cache on a CPU; 0 takes 0.85 or 1.
         gpus: that the model is divided among; 0: on the CPU.
@@ -70,10 +74,11 @@ def start_engine(
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     from vllm import LLM
 
+    base = base_of(folder)
     try:
-        longest = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", max_tokens)
+        longest = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", max_tokens)
         return LLM(
-            model=str(folder),
+            model=str(base),
             dtype="bfloat16" if precision == "bf16" else "float32",
             max_model_len=min(max_tokens, longest),
             enforce_eager=not gpus,
@@ -85,6 +90,7 @@ def start_engine(
                 if gpus
                 else {"kv_cache_memory_bytes": int((memory or CPU_CACHE_GIB) * 2**30)}
             ),
+            **(_room(folder) if is_adapter(folder) else {}),
         )
     except (ValueError, OSError, RuntimeError) as error:
         raise BadInput(
@@ -94,8 +100,20 @@ def start_engine(
         ) from error
 
 
+def _room(folder: Path) -> dict[str, Any]:
+    """What makes room for adapters like the folder's: none at the head, whose adapter vLLM gives the logits of all
+    prompts as if they were of one."""
+    from vllm.config.lora import MaxLoRARanks
+
+    (rank, targets), known = sizes_of(folder), sorted(get_args(MaxLoRARanks))
+    if rank > known[-1]:
+        raise ValueError(f"adapters of rank {rank}; it takes {known[-1]} at most")
+    enough = next(each for each in known if each >= rank)
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": enough, "lora_target_modules": targets}
+
+
 def reload(llm: LLM, folder: Path) -> None:
-    """Exchange the engine's weights for those in `folder`, and drop what the old ones left in its cache.
+    """Exchange the engine's weights, or adapters, for those in `folder`, and drop what the old ones left in its cache.
 
     Raises:
         BadInput: the folder's weights can't be read or aren't of the engine's model, which keeps its own.
@@ -109,9 +127,12 @@ def reload(llm: LLM, folder: Path) -> None:
             f"isn't of the running engine's model: {odd} is {theirs.get(odd, 'missing')}, not {ours.get(odd, 'there')}",
             "score checkpoints of one base model with one engine",
         )
-    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-    if llm.llm_engine.vllm_config.device_config.device_type == "cpu":
-        llm.apply_model(_repack_head)
+    if is_adapter(folder):
+        llm.llm_engine.remove_lora(ADAPTER)  # those that requests name are taken up then
+    else:
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        if llm.llm_engine.vllm_config.device_config.device_type == "cpu":
+            llm.apply_model(_repack_head)
     if not llm.reset_prefix_cache():
         raise RuntimeError("vLLM didn't drop its prefix cache: requests are still running")
 
@@ -131,7 +152,7 @@ def _tensors(folder: Path) -> dict[str, list[int]]:
     vLLM itself only warns of tensors that a checkpoint lacks, and keeps the old ones.
     """
     try:
-        tied = AutoConfig.from_pretrained(folder, local_files_only=True).tie_word_embeddings
+        tied = AutoConfig.from_pretrained(base_of(folder), local_files_only=True).tie_word_embeddings
         shapes: dict[str, list[int]] = {}
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as tensors:
@@ -149,11 +170,18 @@ class VllmModel(TemplateLM):  # type: ignore[misc]
         llm: a running engine.
         seed: of sampling, for tasks that ask for it; what the engine did before doesn't matter.
         progress: called with requests finished and requests in all, as they finish; may be exchanged.
+        adapter: the folder that the engine was started on or that was reloaded, if it holds adapters.
     """
 
-    def __init__(self, llm: LLM, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+        adapter: Path | None = None,
+    ) -> None:
         super().__init__()
-        self.llm, self.seed = llm, seed
+        self.llm, self.seed, self.adapter = llm, seed, adapter
         self.progress = progress
         self.tokenizer: Any = llm.get_tokenizer()
 
@@ -263,8 +291,11 @@ class VllmModel(TemplateLM):  # type: ignore[misc]
 
     def _run(self, prompts: list[list[int]], settings: list[SamplingParams]) -> list[RequestOutput]:
         from vllm import RequestOutput, TokensPrompt
+        from vllm.lora.request import LoRARequest
 
-        self.llm.enqueue([TokensPrompt(prompt_token_ids=ids) for ids in prompts], settings, use_tqdm=False)
+        adapter = LoRARequest("adapter", ADAPTER, str(self.adapter)) if self.adapter else None
+        asked = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
+        self.llm.enqueue(asked, settings, lora_request=adapter, use_tqdm=False)
         bar = partial(_Progress, self.progress) if self.progress else False
         return self.llm.wait_for_completion(RequestOutput, use_tqdm=bar)
 

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from ideal import lora
+from ideal.config import LoraConfig
 from ideal.errors import BadInput
 
 SHARED_INPUT = (("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj"))
@@ -21,13 +23,15 @@ SHARED_INPUT = (("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj"))
 
 
 def tracked_layers(model: nn.Module, patterns: list[str]) -> list[str]:
-    """Names of the linear layers that match a pattern, in the model's order; never the head.
+    """Names of the linear layers that match a pattern, in the model's order; never the head, and of a model with
+    adapters only these.
 
     Raises:
         BadInput: none matches.
     """
     head = model.get_output_embeddings()  # type: ignore[operator]
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    linears = [n for n in linears if n.endswith((lora.A, lora.B))] or linears
     found = [n for n in linears if any(fnmatchcase(n, pattern) for pattern in patterns)]
     for pattern in patterns:
         if not any(fnmatchcase(n, pattern) for n in linears):
@@ -40,7 +44,9 @@ def tracked_layers(model: nn.Module, patterns: list[str]) -> list[str]:
 
 
 def input_group(layer: str) -> str:
-    """The name of the layer's input: equal for layers that share it."""
+    """The name of the layer's input: equal for layers that share it, as the A of adapters on such layers do."""
+    if layer.endswith(lora.A):
+        return input_group(layer.removesuffix(lora.A)) + lora.A
     parent, _, leaf = layer.rpartition(".")
     group = next((g for g in SHARED_INPUT if leaf in g), (leaf,))
     return f"{parent}.{'+'.join(group)}"
@@ -83,13 +89,20 @@ def record(model: nn.Module, layers: list[str]) -> Iterator[Recorder]:
             handle.remove()
 
 
-def layer_shapes(config: PretrainedConfig, patterns: list[str]) -> dict[str, tuple[int, int]]:
+def layer_shapes(
+    config: PretrainedConfig, patterns: list[str], adapters: LoraConfig | None = None
+) -> dict[str, tuple[int, int]]:
     """(d_out, d_in) of the tracked layers in the model's order, from its configuration alone, without weights.
+
+    Args:
+        adapters: that the model has.
 
     Raises:
         BadInput: a pattern matches no layer.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        if adapters:
+            lora.add(model, adapters)
     modules = dict(model.named_modules())
     return {name: tuple(modules[name].weight.shape) for name in tracked_layers(model, patterns)}

@@ -54,8 +54,8 @@ def weights(
         wanted = gradient(proxy, items(held_out), per_token(held_out, np.ones(len(held_out))))
         alpha = moved(alpha, scores(gradients, wanted, step.rate) / mu)
         along = torch.tensor(alpha, dtype=gradients.dtype, device=gradients.device) @ gradients
-        sizes = [flat.gradient.numel() for flat in (proxy.matrices, proxy.vectors)]
-        for flat, part in zip((proxy.matrices, proxy.vectors), torch.split(along, sizes), strict=True):
+        flats = list(proxy.flats.values())
+        for flat, part in zip(flats, torch.split(along, [flat.gradient.numel() for flat in flats]), strict=True):
             flat.gradient.copy_(part)
         proxy.move(step)
         yield Stepped(alpha, tokens(batch) + tokens(held_out))
@@ -64,7 +64,7 @@ def weights(
 def gradient(proxy: Trainer, batch: Sequence[Item], weights: list[float] | None = None) -> torch.Tensor:
     """[n] gradient of the mean loss, clipped as SFT's is."""
     proxy.accumulate(list(batch), weights)
-    flat = torch.cat([proxy.matrices.gradient, proxy.vectors.gradient])
+    flat = torch.cat([flat.gradient for flat in proxy.flats.values()])
     return flat * min(1.0, proxy.config.clip_norm / (float(flat.norm()) + 1e-6))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import LlamaForCausalLM
 
@@ -25,8 +27,8 @@ def blocks(blocks_each: int = 2) -> list[Block]:
     ]
 
 
-def sizes(model: LlamaForCausalLM) -> dict[str, torch.Size]:
-    return {layer: model.get_parameter(f"{layer}.weight").shape for layer in MLP}
+def sizes(model: LlamaForCausalLM, layers: Sequence[str] = MLP) -> dict[str, torch.Size]:
+    return {layer: model.get_parameter(f"{layer}.weight").shape for layer in layers}
 
 
 def flat(vectors: Vectors) -> torch.Tensor:
@@ -39,9 +41,9 @@ def random_vectors(model: LlamaForCausalLM, count: int, seed: int) -> Vectors:
     return {x: torch.randn(count, *s, generator=random, dtype=torch.float64) for x, s in sizes(model).items()}
 
 
-def dense_gauss_newton(model: LlamaForCausalLM) -> torch.Tensor:
+def dense_gauss_newton(model: LlamaForCausalLM, layers: Sequence[str] = MLP) -> torch.Tensor:
     """[n, n] Σ weight Jᵀ(diag p − p pᵀ)J, position by position: the definition."""
-    weights = [model.get_parameter(f"{layer}.weight").requires_grad_() for layer in MLP]
+    weights = [model.get_parameter(f"{layer}.weight").requires_grad_() for layer in layers]
     n = sum(w.numel() for w in weights)
     found = torch.zeros(n, n, dtype=torch.float64)
     for block in blocks():
@@ -54,27 +56,27 @@ def dense_gauss_newton(model: LlamaForCausalLM) -> torch.Tensor:
     return found
 
 
-def mean_gradients(model: LlamaForCausalLM, examples: object) -> torch.Tensor:
+def mean_gradients(model: LlamaForCausalLM, examples: object, layers: Sequence[str] = MLP) -> torch.Tensor:
     """[n] by plain autograd."""
     model.requires_grad_(True)
     total, count = full_loss(model, examples)  # type: ignore[arg-type]
-    found = torch.autograd.grad(total / count, [model.get_parameter(f"{layer}.weight") for layer in MLP])
+    found = torch.autograd.grad(total / count, [model.get_parameter(f"{layer}.weight") for layer in layers])
     model.requires_grad_(False)
     return torch.cat([g.flatten() for g in found])
 
 
-def lambdas(model: LlamaForCausalLM, seed: int = 5) -> dict[str, torch.Tensor]:
+def lambdas(model: LlamaForCausalLM, seed: int = 5, layers: Sequence[str] = MLP) -> dict[str, torch.Tensor]:
     """An optimiser's Λ by weight, over two orders of magnitude."""
     random = torch.Generator().manual_seed(seed)
     return {
         f"{layer}.weight": 10 ** (2 * torch.rand(s, generator=random, dtype=torch.float64) - 2)
-        for layer, s in sizes(model).items()
+        for layer, s in sizes(model, layers).items()
     }
 
 
 def diagonal(own: dict[str, torch.Tensor]) -> torch.Tensor:
     """[n] an optimiser's Λ of all layers."""
-    return torch.cat([own[f"{layer}.weight"].flatten() for layer in MLP])
+    return torch.cat([part.flatten() for part in own.values()])
 
 
 def layer_by_layer(model: LlamaForCausalLM, h: torch.Tensor) -> torch.Tensor:

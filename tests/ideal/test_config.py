@@ -90,7 +90,7 @@ def sections(section: type[Section]) -> set[type[Section]]:
 
 
 def test_every_field_is_documented() -> None:
-    assert len(sections(Config)) == 13
+    assert len(sections(Config)) == 14
     for section in sections(Config):
         assert section.__doc__
         for name, field in section.model_fields.items():

@@ -38,7 +38,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights(trainer: Trainer) -> torch.Tensor:
-    return torch.cat([trainer.matrices.master.detach(), trainer.vectors.master.detach()])
+    return torch.cat([flat.master.detach() for flat in trainer.flats.values()])
 
 
 def trained(base: Path, config: SftConfig = FP32, batch_tokens: int = 64, **more: bool) -> tuple[Trainer, list[Log]]:
@@ -225,7 +225,7 @@ def test_small_steps_are_not_lost_in_bf16(base: Path) -> None:
     assert float(moved.max()) > 20 * 1e-5
     assert trainer.model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
     assert not torch.equal(trainer.model.model.layers[0].mlp.up_proj.weight, rounded)
-    norm = trainer.vectors.master.detach()
+    norm = trainer.flats["vectors"].master.detach()
     assert not torch.equal(norm, norm.bfloat16().float()), "the master keeps what the model's weights can't"
     one = torch.ones(1, dtype=torch.bfloat16)
     for _ in range(40):

@@ -27,12 +27,19 @@ def llama_factory() -> dict[str, Any]:
 
     with open("llama-factory.yaml") as file:
         settings = {**yaml.safe_load(file), "use_cpu": True, "report_to": "none"}
-    model, data, training, _, _ = get_train_args(settings)
+    model, data, training, adapters, _ = get_train_args(settings)
     read = {"tokenizer": AutoTokenizer.from_pretrained(model.model_name_or_path), "processor": None}
     template = get_template_and_fix_tokenizer(read["tokenizer"], data)
     found = get_dataset(template, model, data, training, stage="sft", **read)["train_dataset"]
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    return {"rows": rows(found), "learning_rate": training.learning_rate, "batch": batch}
+    sizes = [adapters.lora_rank, adapters.lora_alpha, adapters.lora_dropout]
+    targets = "all linear" if adapters.finetuning_type == "lora" and adapters.lora_target == ["all"] else None
+    return {
+        "rows": rows(found),
+        "learning_rate": training.learning_rate,
+        "batch": batch,
+        "adapters": [*sizes, targets],
+    }
 
 
 def axolotl() -> dict[str, Any]:
@@ -43,7 +50,14 @@ def axolotl() -> dict[str, Any]:
     settings = load_cfg("axolotl.yaml", dataset_num_proc=1)
     found = load_datasets(cfg=settings).train_dataset
     batch = settings.micro_batch_size * settings.gradient_accumulation_steps
-    return {"rows": rows(found), "learning_rate": settings.learning_rate, "batch": batch}
+    sizes = [settings.lora_r, settings.lora_alpha, settings.lora_dropout]
+    targets = "all linear" if settings.adapter == "lora" and settings.lora_target_linear else None
+    return {
+        "rows": rows(found),
+        "learning_rate": settings.learning_rate,
+        "batch": batch,
+        "adapters": [*sizes, targets],
+    }
 
 
 def rows(dataset: Any) -> list[Any]:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from datasets import Dataset, interleave_datasets, load_dataset, load_from_disk
 from rich.console import Console
-from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
 from trl.scripts.utils import DatasetMixtureConfig, get_dataset
 
 from ideal.chat import ChatEncoder
@@ -27,7 +27,7 @@ from ideal.mixture import draw
 from ideal.model import load_tokenizer
 from ideal.training import plan
 from service.data import MODEL, domains
-from service.export import base_of, export
+from service.export import base_of, export, trainers
 from service.mixtures import Outcome
 from service.stages import RECORD
 from tests.service.conftest import tree
@@ -36,13 +36,13 @@ from tests.tiny import make_model
 VOLUMES = {"math": 30, "chat": 7}
 POOL = 20
 OTHERS = {
-    "llama-factory": ["llamafactory==0.9.5", "omegaconf==2.4.0", "antlr4-python3-runtime==4.9.3", "peft==0.21.2"],
+    "llama-factory": ["llamafactory==0.9.5", "omegaconf==2.4.0", "antlr4-python3-runtime==4.9.3"],
     "axolotl": [
         "axolotl==0.19.0",
         "axolotl-contribs-lgpl==0.0.7",
         "axolotl-contribs-mit==0.0.6",
         *("addict==2.4.0", "art==6.5", "colorama==0.4.6", "distro==1.9.0", "fire==0.7.1"),
-        *("peft==0.21.2", "posthog==7.91.1", "termcolor==3.3.0"),
+        *("posthog==7.91.1", "termcolor==3.3.0"),
     ],
 }
 """Other trainers' packages, with what they import that isn't here."""
@@ -60,7 +60,7 @@ def run(tmp_path: Path, outcome: Outcome, monkeypatch: pytest.MonkeyPatch) -> tu
             path.write_text("\n".join(map(json.dumps, [*rows, {"prompt": "empty", "completion": ""}])))
             domain[part] = {"files": [str(path)]}
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({**made, "max_rejected": 0.5, "sft": {"batch_examples": 2}}))
+    path.write_text(yaml.safe_dump({**made, "max_rejected": 0.5, "sft": {"batch_examples": 2, "lora": {"rank": 8}}}))
     config = load(path)
     final = outcome.equilibrium
     make_model(final.sft.folder / MODEL)
@@ -136,6 +136,17 @@ def test_trl_reads_its_file(folder: Path, run: tuple[Config, Outcome], monkeypat
     steps = len(plan(VOLUMES, sft, 0))
     assert training.get_warmup_steps(steps) == round(steps * sft.warmup) > 0
     assert model.model_name_or_path == base_of(*run)
+    adapters = get_peft_config(model)
+    assert adapters is not None
+    assert (adapters.r, adapters.lora_alpha, adapters.lora_dropout) == (8, 32, 0.0)
+    assert adapters.target_modules == "all-linear"
+
+
+def test_without_adapters_each_trainer_trains_all_weights(run: tuple[Config, Outcome]) -> None:
+    whole = run[0].model_copy(update={"sft": run[0].sft.model_copy(update={"lora": None})})
+    made = trainers(whole, "/models/own", 10)
+    assert made["llama-factory.yaml"]["finetuning_type"] == "full"
+    assert not [key for tree in made.values() for key in tree if "lora" in key or key in ("adapter", "use_peft")]
 
 
 def interpreter(folder: Path, packages: list[str]) -> Path:
@@ -176,6 +187,7 @@ def test_other_trainers_learn_the_same_tokens(
         assert learned[:end] == supervised[:end]
         assert len(ids) <= end + 1
     assert (read["learning_rate"], read["batch"]) == (run[0].sft.learning_rate, run[0].sft.batch_examples)
+    assert read["adapters"] == [8, 32, 0.0, "all linear"]
 
 
 def test_nothing_is_overwritten_and_changed_sources_are_refused(run: tuple[Config, Outcome], folder: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ideal.config import Config, InfluenceConfig
+from ideal import lora
+from ideal.config import Config, InfluenceConfig, LoraConfig, SftConfig
 from ideal.curvature.accumulate import accumulate
 from ideal.curvature.layers import input_group
 from ideal.errors import BadInput
@@ -29,6 +30,7 @@ from service.stages import RECORD, Stage, Store
 
 VOLUMES = {"math": 12, "chat": 6}
 LAYERS = ["*.mlp.*"]
+ADAPTERS = LoraConfig(rank=4)
 TOLERANCE = 1e-3  # of the largest entry: fp32 sums in another order
 
 
@@ -131,37 +133,59 @@ def test_the_matrix_is_the_formulas(whole: Any, settings: Config, base: Path, da
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    """An SFT stage's folder: the model, and an optimiser's damping over two orders of magnitude."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    shutil.copytree(base / MODEL, folder / MODEL)
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, base: Path) -> dict[bool, Path]:
+    """SFT stages' folders, of a whole model and of adapters; an optimiser's damping over two orders of magnitude."""
+    folders = {adapters: tmp_path_factory.mktemp("checkpoint") for adapters in (False, True)}
+    shutil.copytree(base / MODEL, folders[False] / MODEL)
+    model = load_model(base / MODEL, torch.float32)
+    lora.add(model, ADAPTERS)
+    for name, parameter in model.named_parameters():
+        if lora.B in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folders[True] / MODEL)  # type: ignore[operator]
     random = torch.Generator().manual_seed(0)
-    matrices = [(name, p) for name, p in load_model(base / MODEL, torch.float32).named_parameters() if p.ndim == 2]
-    save_file({name: 10 ** (2 * torch.rand(p.shape, generator=random)) for name, p in matrices}, folder / DAMPING)
-    return folder
+    for folder in folders.values():
+        matrices = [
+            (name, p) for name, p in load_model(folder / MODEL, torch.float32).named_parameters() if p.ndim == 2
+        ]
+        save_file({name: 10 ** (2 * torch.rand(p.shape, generator=random)) for name, p in matrices}, folder / DAMPING)
+    return folders
 
 
 @pytest.mark.parametrize(
-    ("solver", "more", "layer_blocks"),
+    ("solver", "more", "layer_blocks", "adapters"),
     [
-        ("identity", {}, 1),
-        ("adam", {}, 1),
-        ("kfac", {"divided": True}, 1),
-        ("kfac", {"divided": True, "damping": "schedule", "positions": 0.2}, 2),
-        ("ekfac", {}, 1),
-        ("exact", {"damping": "schedule"}, 1),
-        ("adam", {"joint": True}, 1),
-        ("kfac", {"joint": True}, 2),
+        ("identity", {}, 1, False),
+        ("adam", {}, 1, False),
+        ("kfac", {"divided": True}, 1, False),
+        ("kfac", {"divided": True, "damping": "schedule", "positions": 0.2}, 2, False),
+        ("ekfac", {}, 1, False),
+        ("exact", {"damping": "schedule"}, 1, False),
+        ("adam", {"joint": True}, 1, False),
+        ("kfac", {"joint": True}, 2, False),
+        ("kfac", {"joint": True, "divided": True}, 2, True),
+        ("ekfac", {}, 1, True),
     ],
 )
 @pytest.mark.usefixtures("ray_session")
 def test_every_solver_says_on_workers_what_it_says_in_one_process(
-    tmp_path: Path, settings: Config, checkpoint: Path, data: Path, solver: str, more: dict[str, Any], layer_blocks: int
+    tmp_path: Path,
+    settings: Config,
+    checkpoints: dict[bool, Path],
+    data: Path,
+    solver: str,
+    more: dict[str, Any],
+    layer_blocks: int,
+    adapters: bool,
 ) -> None:
+    checkpoint = checkpoints[adapters]
     asked = {"solver": solver, "curvature_examples": 4} | more
     tight = {"products": 30, "residual": 1e-4}
     config = settings.model_copy(
-        update={"influence": InfluenceConfig.model_validate(settings.influence.model_dump() | asked | tight)}
+        update={
+            "influence": InfluenceConfig.model_validate(settings.influence.model_dump() | asked | tight),
+            "sft": SftConfig(lora=ADAPTERS if adapters else None),
+        }
     )
     result = on_ray(tmp_path, config, checkpoint, data, 2, layer_blocks)
     sampled = Sampled(
@@ -182,6 +206,7 @@ def test_every_solver_says_on_workers_what_it_says_in_one_process(
     np.testing.assert_allclose(found.reference_loss, right.reference_loss, rtol=1e-5)
     assert (0 < result["residual"] <= 1e-4) == (solver == "exact")
     assert not result["repaired"]
+    assert all(layer.endswith((lora.A, lora.B)) == adapters for layer in result["layers"])
 
 
 def mean_gradients(model: nn.Module, names: list[str], blocks: list[Any], wanted: str) -> dict[str, torch.Tensor]:

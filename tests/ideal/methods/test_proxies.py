@@ -78,7 +78,7 @@ def test_the_proxys_gradient_weighs_domains_and_not_their_tokens(base: Path, alp
     batch = [[POOLS["a"][0], POOLS["a"][1], POOLS["a"][5]], [POOLS["b"][2], POOLS["b"][3]]]
     proxy = trainer(base)
     proxy.accumulate([item for items in batch for item in items], per_token(batch, np.array(alpha)))
-    assert torch.allclose(proxy.matrices.gradient, weighted_gradient(base, batch, alpha), atol=1e-6, rtol=1e-4)
+    assert torch.allclose(proxy.flats["matrices"].gradient, weighted_gradient(base, batch, alpha), atol=1e-6, rtol=1e-4)
 
 
 def test_the_excess_is_clipped_token_by_token(base: Path, tmp_path: Path) -> None:
@@ -129,12 +129,12 @@ def test_doge_leaves_a_domain_that_no_reference_set_wants(base: Path) -> None:
 def test_doge_moves_along_its_weighted_gradients(base: Path) -> None:
     """The first step's weights are those of plain SGD's direction: AdamW's first step is its sign."""
     proxy = trainer(base, clip_norm=1e9)
-    before = proxy.matrices.master.detach().clone()
+    before = proxy.flats["matrices"].master.detach().clone()
     (first,) = islice(doge.weights(proxy, POOLS, POOLS, 90, 0, 0.05), 1)
     _, batch = next(steps(POOLS, 90, CONFIG, 0))
     assert first.tokens == 2 * tokens(batch)
     gradient = weighted_gradient(base, batch, first.alpha.tolist())
-    step = proxy.matrices.master.detach() - before
+    step = proxy.flats["matrices"].master.detach() - before
     large = gradient.abs() > 1e-3
     assert large.sum() > 100
     assert torch.equal(step[large].sign(), -gradient[large].sign())
