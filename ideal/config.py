@@ -9,8 +9,10 @@ Sources named below: *paper* is IDEAL (arXiv 2505.12762), *K-FAC* is Martens & G
 from __future__ import annotations
 
 import os
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlparse
 
 from pydantic import Field, model_validator
 
@@ -240,6 +242,11 @@ class ResourcesConfig(Section):
         200, description="SFT steps between checkpoints that a retried run resumes from."
     )
     wait_seconds: PositiveInt = Field(120, description="Longest wait for the cluster's resources, in seconds.")
+    working_folder: str | None = Field(
+        None,
+        description="Where stages are worked on if `storage` is a URL: a folder that all nodes share. Default: one for "
+        "each URL in ~/.ideal.",
+    )
     vllm_memory: float = Field(
         0.0, ge=0, description="vLLM's memory: share of a GPU (0 gives 0.85), or GiB of cache on CPU (0 gives 1)."
     )
@@ -260,7 +267,9 @@ class Config(Section):
     name: Name = Field(description="The run's name.")
     seed: int = Field(0, ge=0, description="Seed of draws, data order, sampled labels and the bootstrap.")
     storage: str = Field(
-        "~/.ideal", description="Folder for stages, reports and the embedded MLflow; shared by all nodes."
+        "~/.ideal",
+        description="Folder for stages, reports and the embedded MLflow, shared by all nodes; or a URL "
+        "(s3://bucket/prefix) that every recorded stage and report is copied to, and fetched from.",
     )
     model: ModelConfig = Field(ModelConfig(), description="The base model.")
     domains: list[DomainConfig] = Field(min_length=2, description="The capabilities that are mixed.")
@@ -340,7 +349,21 @@ class Config(Section):
         """The influence section of one of the solvers that `ideal fidelity` compares."""
         return InfluenceConfig.model_validate({**self.influence.model_dump(), **self.fidelity.solvers[name]})
 
+    @model_validator(mode="after")
+    def _no_secret_is_in_the_storages_url(self) -> Config:
+        if self.is_remote and urlparse(self.storage).username is not None:
+            raise ValueError("storage: a URL holds no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        return self
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether storage is a URL."""
+        return "://" in self.storage
+
     @property
     def root(self) -> Path:
-        """The storage folder, absolute."""
-        return Path(os.path.expandvars(self.storage)).expanduser().absolute()
+        """The storage folder, absolute; of a URL, the one on this cluster that stages are worked on in."""
+        folder = self.storage
+        if self.is_remote:
+            folder = self.resources.working_folder or f"~/.ideal/{sha256(self.storage.encode()).hexdigest()[:12]}"
+        return Path(os.path.expandvars(folder)).expanduser().absolute()

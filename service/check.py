@@ -29,6 +29,7 @@ from ideal.sources import files_of, messages, rows
 from service import cluster
 from service.memory import GIB
 from service.plan import Plan, plan
+from service.remote import remote_of
 
 PEEK = 50
 """Rows of a hub dataset that are looked at."""
@@ -182,6 +183,8 @@ def _print_plan(found: Plan, config: Config, machine: cluster.Cluster, console: 
             "free some space, set storage elsewhere, lower influence.blocks or track fewer layers",
         )
     console.print(f"✓ disk: {needed / GIB:.1f} GiB of {free / GIB:.1f} GiB free in {config.root}", soft_wrap=True)
+    if remote := remote_of(config):
+        console.print(f"✓ storage: {remote.url} answers", soft_wrap=True)
 
 
 def _print_stages(config: Config, console: Console) -> None:

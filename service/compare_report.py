@@ -21,7 +21,7 @@ from rich.table import Table
 from ideal.comparison import difference, estimate
 from service import report
 from service.mixtures import Outcome
-from service.run import mlflow_command, notices
+from service.run import notices, point_to
 from service.stages import Record
 from service.sweep import Findings, Trial, sweep_key
 from service.tracking import Tracker
@@ -44,8 +44,7 @@ def present(findings: Findings, console: Console, *, base: str) -> dict[str, Any
     console.print(shown)
     for line in legend(found):
         console.print(line, soft_wrap=True)
-    console.print(f"Report: {path}", soft_wrap=True)
-    console.print(f"MLflow: {mlflow_command(config)}", soft_wrap=True)
+    point_to(path, config, console)
     return found
 
 

@@ -25,6 +25,7 @@ from service.driver import Optimisation
 from service.fidelity import Fidelity
 from service.mixtures import Outcome
 from service.progress import Display
+from service.remote import keep_report, remote_of
 from service.stages import Records, Store, Unfinished
 from service.tracking import Tracker, uri_of
 
@@ -38,7 +39,7 @@ def run(config: Config, console: Console) -> Outcome:
     """
     started, notice = time.monotonic(), notices(console)
     folder = run_folder(config)
-    store = Store(config.root, notice)
+    store = Store(config.root, notice, remote_of(config))
     tracker = Tracker(config, run_key(config), folder, notice)
     outcome, display = replay(config, notice), None
     if outcome.stopped:
@@ -52,8 +53,7 @@ def run(config: Config, console: Console) -> Outcome:
     seconds = time.monotonic() - started
     outside = f", {seconds - display.busy:.0f} s of them outside stages" if display else ""
     console.print(f"Ended after {seconds:.0f} s{outside}: {outcome.stopped}.")
-    console.print(f"Report: {path}", soft_wrap=True)
-    console.print(f"MLflow: {mlflow_command(config)}", soft_wrap=True)
+    point_to(path, config, console)
     return outcome
 
 
@@ -79,7 +79,7 @@ def fidelity(config: Config, console: Console) -> dict[str, Any]:
     """
     notice = notices(console)
     folder = config.root / "fidelity" / run_name(config)
-    store = Store(config.root, notice)
+    store = Store(config.root, notice, remote_of(config))
     tracker = Tracker(config, f"fidelity-{run_key(config)}", folder, notice)
     with connected(config, console) as cluster, Display(console) as display:
         findings = Fidelity(config, cluster, store, display).run()
@@ -87,8 +87,7 @@ def fidelity(config: Config, console: Console) -> dict[str, Any]:
     tracker.write_study(fidelity_report.metrics(found))
     for table in fidelity_report.rich_tables(found):
         console.print(table)
-    console.print(f"Report: {folder / 'fidelity.md'}", soft_wrap=True)
-    console.print(f"MLflow: {mlflow_command(config)}", soft_wrap=True)
+    point_to(folder / "fidelity.md", config, console)
     return found
 
 
@@ -133,7 +132,7 @@ def replay(config: Config, notice: Callable[[str], None]) -> Outcome:
     seen: list[Outcome] = []
     nowhere = Cluster(cpus=1, gpus=0, nodes=1, sft_workers=1, sft_cpus=1, influence_workers=1)
     silent: Any = None
-    chosen = method_of(config, nowhere, Records(config.root, notice), silent, seen.append)
+    chosen = method_of(config, nowhere, Records(config.root, notice, remote_of(config)), silent, seen.append)
     try:
         return chosen.run()
     except Unfinished:
@@ -154,6 +153,14 @@ def run_folder(config: Config) -> Path:
 def run_name(config: Config) -> str:
     """The config's name with the run's fingerprint: what reports and jobs are called."""
     return f"{config.name}-{run_key(config)}"
+
+
+def point_to(report: Path, config: Config, console: Console) -> None:
+    """Say where a report is, and how to see the run in MLflow; where storage is a URL, copy the report there."""
+    console.print(f"Report: {report}", soft_wrap=True)
+    if trouble := keep_report(config, report.parent):
+        notices(console)(trouble)
+    console.print(f"MLflow: {mlflow_command(config)}", soft_wrap=True)
 
 
 def mlflow_command(config: Config) -> str:

@@ -5,7 +5,8 @@ fingerprints; it names the stage's folder. ``stage.json``, with the checksums of
 without it never happened, and one whose files don't match it is run again. That is resuming after a crash, sharing
 between runs, and provenance, in one idea.
 
-Two drivers that want one stage: one runs it while the other waits at its lock.
+Two drivers that want one stage: one runs it while the other waits at its lock. Where storage is a URL, records are
+copied to it and fetched from it (``service.remote``).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ideal.errors import BadInput
+from service.remote import Remote
 
 RECORD = "stage.json"
 WORK = "work"
@@ -93,10 +95,16 @@ class Record:
 
 
 class Store:
-    """The folder of all stages. ``notice`` is told what a user should know, a line at a time."""
+    """The folder of all stages.
 
-    def __init__(self, root: Path, notice: Callable[[str], None] = print) -> None:
-        self.root, self.notice = root, notice
+    Args:
+        notice: told what a user should know, a line at a time.
+        remote: where recorded stages are copied to, and fetched from.
+    """
+
+    def __init__(self, root: Path, notice: Callable[[str], None] = print, remote: Remote | None = None) -> None:
+        self.root, self.notice, self.remote = root, notice, remote
+        self._kept: set[Path] = set()
         try:
             (root / "stages").mkdir(parents=True, exist_ok=True)
             (root / "locks").mkdir(exist_ok=True)
@@ -109,11 +117,11 @@ class Store:
         Raises:
             BadInput: the disk is full.
         """
-        folder = self.root / "stages" / stage.kind / stage.fingerprint
         found = self.find(stage)
         if found:
+            self._keep(found)
             return found
-        lock = FileLock(self.root / "locks" / f"{stage.kind}-{stage.fingerprint}.lock")
+        folder, lock = self._folder(stage), self._lock(stage)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -137,21 +145,61 @@ class Store:
             lock.release()
         written = self.find(stage)
         assert written is not None
-        return Record(**{**vars(written), "fresh": True})
+        made = Record(**{**vars(written), "fresh": True})
+        self._keep(made)
+        return made
 
     def find(self, stage: Stage) -> Record | None:
         """The record of a stage that has happened and whose files are whole."""
-        folder = self.root / "stages" / stage.kind / stage.fingerprint
+        folder = self._folder(stage)
         path = folder / RECORD
-        if not path.exists():
-            return None
-        damage = _damage(str(folder), path.stat().st_mtime_ns)
-        if damage:
-            self.notice(f"{folder} is damaged ({damage}): running this stage again")
-            path.unlink()
+        if not self._whole(folder) and not (self._fetch(stage) and self._whole(folder)):
             return None
         record = json.loads(path.read_text())
         return Record(stage.kind, stage.fingerprint, folder, record["result"], record["seconds"], fresh=False)
+
+    def _folder(self, stage: Stage) -> Path:
+        return self.root / "stages" / stage.kind / stage.fingerprint
+
+    def _lock(self, stage: Stage) -> FileLock:
+        return FileLock(self.root / "locks" / f"{stage.kind}-{stage.fingerprint}.lock")
+
+    def _whole(self, folder: Path) -> bool:
+        path = folder / RECORD
+        if not path.exists():
+            return False
+        damage = _damage(str(folder), path.stat().st_mtime_ns)
+        if damage:
+            next_ = "running this stage again" if self.remote is None else "fetching it, or running this stage again"
+            self.notice(f"{folder} is damaged ({damage}): {next_}")
+            path.unlink()
+        return not damage
+
+    def _fetch(self, stage: Stage) -> bool:
+        """Bring a recorded stage here, unless somebody here works on it."""
+        if self.remote is None:
+            return False
+        try:
+            with self._lock(stage).acquire(timeout=0):
+                place = str(self._folder(stage).relative_to(self.root))
+                return self.remote.fetch(place, self._folder(stage), RECORD)
+        except Timeout:
+            return False
+        except OSError as error:
+            self.notice(f"{stage.kind} {stage.fingerprint} can't be fetched from {self.remote.url} ({error})")
+            return False
+
+    def _keep(self, record: Record) -> None:
+        """Copy a recorded stage to where it outlives this machine; what can't be copied now is by the next run."""
+        if self.remote is None or record.folder in self._kept:
+            return
+        place = str(record.folder.relative_to(self.root))
+        try:
+            if record.fresh or not self.remote.same(record.folder / RECORD, f"{place}/{RECORD}"):
+                self.remote.keep(record.folder, place, RECORD)
+            self._kept.add(record.folder)
+        except OSError as error:
+            self.notice(f"{place} isn't at {self.remote.url} yet ({error}); the next run copies it")
 
     def missing(self, stages: Iterable[Stage]) -> list[Stage]:
         """Those that must still run."""

@@ -42,6 +42,7 @@ from service.cluster import Cluster
 from service.failures import StageFailed
 from service.mixtures import Outcome
 from service.progress import Display
+from service.remote import remote_of
 from service.run import connected, method_of, notices, replay, run_folder, run_key
 from service.stages import Store
 from service.tracking import Tracker
@@ -224,7 +225,7 @@ class Optimiser:
             lines.put((trial.label, None))
 
         def optimise() -> None:
-            store = Store(config.root, notices(console))
+            store = Store(config.root, notices(console), remote_of(config))
             with Display(console) as display:
                 patient = config.model_copy(update={"resources": resources})
                 method_of(patient, cluster, store, display, happened, engines).run()

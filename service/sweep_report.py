@@ -21,7 +21,7 @@ from ideal.selection import Selection, interval, select
 from service import report
 from service.mixtures import Outcome
 from service.reference import BY_EXAMPLE, Losses
-from service.run import mlflow_command, notices
+from service.run import notices, point_to
 from service.sweep import Findings, Trial, sweep_key
 from service.tracking import Tracker
 
@@ -40,8 +40,7 @@ def present(findings: Findings, console: Console) -> dict[str, Any]:
     console.print(table(found))
     for line in conclusion(found):
         console.print(line, soft_wrap=True)
-    console.print(f"Report: {path}", soft_wrap=True)
-    console.print(f"MLflow: {mlflow_command(config)}", soft_wrap=True)
+    point_to(path, config, console)
     return found
 
 
