@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from tests.command import IDEAL, Command, Ended, same
 from tests.end_to_end.tiny_run import VOLUMES, make_tree
+from tests.ray_cluster import start_head
 
 COPIES = 3
 pytestmark = pytest.mark.timeout(900)  # minutes, where the machine is shared
@@ -107,23 +105,7 @@ def test_sensitivity_needs_nothing_but_the_records(command: Command, whole: Ende
 @pytest.fixture(scope="module")
 def cluster(command: Command, whole: Ended) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """The ``ideal`` command on a Ray cluster that lets in who has its token."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(5)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        ports = [each.getsockname()[1] for each in sockets]
-    head, dashboard, agent, client, metrics = map(str, ports)
-    environment = {
-        **command.environment,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": "a-token-of-this-test-alone-0123456789",
-        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
-        "PATH": f"{IDEAL.parent}:{os.environ['PATH']}",
-    }
-    start = ["start", "--head", "--num-cpus=2", f"--port={head}", f"--dashboard-port={dashboard}"]
-    start += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
-    start += [f"--metrics-export-port={metrics}", "--disable-usage-stats"]
-    subprocess.run([IDEAL.parent / "ray", *start], env=environment, check=True, capture_output=True)
+    environment = start_head(command.environment, cpus=2)
 
     def ideal(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
         environ = {**environment, **changes}
