@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ideal.config import LoraConfig
 
 SETTINGS_FILE = "adapter_config.json"
-STAGE = ("kind", "fingerprint", "model")
-"""The parts of a stage's model folder below the storage's stages."""
 A, B = ".lora_A.default", ".lora_B.default"
 """What peft calls an adapter's two linear layers, behind the name of the layer that they are added to."""
 
@@ -65,7 +63,7 @@ def base_of(folder: Path) -> Path:
     if not is_adapter(folder):
         return folder
     named = Path(json.loads((folder / SETTINGS_FILE).read_text())["base_model_name_or_path"])
-    moved = Path(*folder.absolute().parts[: -len(STAGE)], *named.parts[-len(STAGE) :])
+    moved = folder.absolute().parents[2].joinpath(*named.parts[-3:])  # stages / kind / fingerprint / model
     return named if named.is_dir() or not moved.is_dir() else moved
 
 

@@ -57,13 +57,15 @@ def local_folder(config: ModelConfig) -> Path | None:
     """The model's folder if its source is one; None for `smollm2` and hub ids.
 
     Raises:
-        BadInput: the folder isn't there or isn't a model in safetensors.
+        BadInput: the folder isn't there or isn't a whole model in safetensors.
     """
     path = Path(config.source)
     if config.source == "smollm2" or not (path.is_absolute() or path.is_dir()):
         return None
     if not (path / "config.json").is_file():
         raise BadInput("model.source", f"{path} is no model folder: it has no config.json", "check the path")
+    if lora.is_adapter(path):
+        raise BadInput("model.source", f"{path} holds adapters, whose base lies elsewhere", "merge them into it first")
     if not list(path.glob("*.safetensors")):
         raise BadInput("model.source", f"{path} has no .safetensors weights", "convert it; pickles are not loaded")
     return path
@@ -238,6 +240,7 @@ def _download(config: ModelConfig) -> Path:
                 config.source,
                 revision=config.revision,
                 allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
+                ignore_patterns=["adapter_*"],
             )
         )
     except Exception as error:  # the hub client raises a dozen kinds

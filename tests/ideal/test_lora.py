@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ideal import lora
 from ideal.config import LoraConfig, SftConfig
+from ideal.config_inputs import ModelConfig
 from ideal.curvature.layers import input_group, layer_shapes, tracked_layers
 from ideal.errors import BadInput
-from ideal.model import load_model
+from ideal.model import load_model, materialise
 from ideal.training import AVERAGE, DAMPING, Trainer, plan, train
 from tests.ideal.dense import DOMAINS, REFERENCES, WEIGHTS, dense_gauss_newton, diagonal, lambdas, mean_gradients
 from tests.ideal.made import example_set, full_loss, influence, llama
@@ -208,3 +209,11 @@ def test_influence_over_adapters_is_the_dense_solve() -> None:
 def test_a_target_that_is_no_layer_is_named(base: Path) -> None:
     with pytest.raises(BadInput, match=r"sft\.lora\.targets.*'gate' is no linear layer(?s:.*)the model has down_proj"):
         lora.add(load_model(base, torch.float32), LoraConfig(targets=["q_proj", "gate"]))
+
+
+def test_adapters_are_no_base_model(trained: tuple[Path, Trainer, list[float]], base: Path, tmp_path: Path) -> None:
+    """What they name as their base may lie anywhere."""
+    folder = shutil.copytree(trained[0] / "model", tmp_path / "adapters")
+    shutil.copy(base / "config.json", folder)
+    with pytest.raises(BadInput, match="merge them into it first"):
+        materialise(ModelConfig(source=str(folder)), tmp_path / "model")

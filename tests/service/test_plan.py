@@ -18,15 +18,15 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from ideal.chat import Example
-from ideal.config import Config
+from ideal.config import Config, LoraConfig
 from ideal.config_file import load
-from ideal.curvature.layers import layer_shapes
+from ideal.curvature.layers import layer_shapes, tracked_layers
 from ideal.errors import BadInput
 from ideal.examples import ExampleSet
-from ideal.training import DAMPING
+from ideal.training import DAMPING, Trainer
 from service.cluster import Cluster
 from service.data import MODEL, reference_file, train_file
-from service.memory import GIB
+from service.memory import GIB, Sizes
 from service.plan import Plan, estimate, filling, layer_blocks, plan
 from tests.service.conftest import tree
 
@@ -110,6 +110,25 @@ def test_a_model_is_sharded_where_a_worker_cannot_hold_it(config: Config, shapes
     for kind in ("always", "never"):
         asked = config.model_copy(update={"resources": config.resources.model_copy(update={"shard": kind})})
         assert {estimate(asked, shapes, two, size).sharded for size in (memory, GIB)} == {kind == "always"}
+
+
+def test_adapters_take_little_and_are_never_divided(config: Config, base: Path, shapes: PretrainedConfig) -> None:
+    settings = config.sft.model_copy(update={"lora": LoraConfig(rank=2)})
+    adapted = config.model_copy(update={"sft": settings})
+    trainer = Trainer(base / MODEL, settings, torch.device("cpu"), 64)
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert Sizes.of(shapes, ["*.mlp.*"], settings.lora).trained == trained
+    whole, found = (estimate(each, shapes, replace(CLUSTER, sft_workers=2), GIB) for each in (config, adapted))
+    assert found.checkpoints * whole.parameters == whole.checkpoints * trained
+    assert found.tracked == sum(
+        trainer.model.get_parameter(f"{layer}.weight").numel() for layer in tracked_layers(trainer.model, ["*.mlp.*"])
+    )
+    saved = 16 * whole.parameters + 4 * whole.parameters - (2 + 16 + 4) * trained  # master, gradient, moments, mean
+    assert whole.sft - found.sft >= 0.99 * saved
+    memory = int(0.9 * found.sft / 0.85)
+    assert not estimate(adapted, shapes, replace(CLUSTER, sft_workers=2), memory).sharded
+    with pytest.raises(BadInput, match="take a smaller model"):
+        planned(adapted, shapes, memory)
 
 
 def test_a_model_that_does_not_fit_is_said_before_anything_starts(config: Config, shapes: PretrainedConfig) -> None:
