@@ -98,12 +98,11 @@ def engines(config: Config, cluster: Cluster) -> list[Any]:
 
 def fits_all(configs: Sequence[Config]) -> bool:
     """Whether one engine can serve all these runs."""
-    first = configs[0]
-    return all(
-        (c.model, c.benchmarks, c.resources, c.sft.precision, c.allow_code_execution)
-        == (first.model, first.benchmarks, first.resources, first.sft.precision, first.allow_code_execution)
-        for c in configs
-    )
+
+    def needs(c: Config) -> tuple[Any, ...]:
+        return c.model, c.benchmarks, c.resources, c.sft.precision, c.sft.lora, c.allow_code_execution
+
+    return all(needs(config) == needs(configs[0]) for config in configs)
 
 
 class Benchmarks:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ray
 
-from ideal.config import Config
+from ideal.config import Config, LoraConfig
 from ideal.config_inputs import BenchmarkConfig
 from service.benchmark import Benchmarks, dealt, fits_all
 from service.benchmark import engines as engines_of
@@ -37,7 +37,8 @@ def test_runs_share_an_engine_where_nothing_of_it_differs(config: Config) -> Non
     assert fits_all([config, changed(seed=7, method="uniform")])
     assert not fits_all([config, changed(allow_code_execution=True)])
     assert not fits_all([config, changed(benchmarks=[benchmark("a", 6)])])
-    assert not fits_all([config, changed(sft=config.sft.model_copy(update={"precision": "fp32"}))])
+    for update in ({"precision": "fp32"}, {"lora": LoraConfig()}):
+        assert not fits_all([config, changed(sft=config.sft.model_copy(update=update))])
 
 
 @pytest.mark.usefixtures("ray_session")
