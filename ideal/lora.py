@@ -34,8 +34,7 @@ def add(model: nn.Module, settings: LoraConfig) -> None:
     """
     import peft
 
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    linears = linear_layers(model)
     for target in settings.targets or []:
         if not any(f".{name}".endswith(f".{target}") for name in linears):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
@@ -48,6 +47,12 @@ def add(model: nn.Module, settings: LoraConfig) -> None:
             task_type="CAUSAL_LM",
         )
     )
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Names of all linear layers but the head, in the model's order."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
 
 
 def is_adapter(folder: Path) -> bool:

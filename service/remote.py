@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -105,21 +106,23 @@ class Remote:
             raise OSError(f"{target} has {found} of {wanted} bytes")
 
 
+_reached = cache(Remote)  # a sweep replays its trials' records all the time
+
+
 def remote_of(config: Config) -> Remote | None:
     """What a config's ``storage`` names, if that is a URL.
 
     Raises:
         BadInput: as ``Remote``.
     """
-    return Remote(config.storage) if config.is_remote else None
+    return _reached(config.storage) if config.is_remote else None
 
 
 def keep_report(config: Config, folder: Path) -> str | None:
     """Copy a report's folder to where its stages are; what went wrong, if something did, for the user."""
-    if not config.is_remote:
-        return None
     try:
-        Remote(config.storage).keep(folder, str(folder.relative_to(config.root)))
+        if remote := remote_of(config):
+            remote.keep(folder, str(folder.relative_to(config.root)))
     except (OSError, BadInput) as error:
         return f"the report isn't at {config.storage} yet ({error}); the same command copies it"
     return None

