@@ -17,8 +17,8 @@ help: ## say what there is
 run: $(COMPLETE) ## install, then run the quickstart (or CONFIG=…)
 	@$(BIN)/ideal run $(CONFIG) $(ARGS)
 
-test: $(COMPLETE)-dev ## install, then run the tests
-	@$(BIN)/pytest -m "not slow" $(ARGS)
+test: $(COMPLETE)-dev ## install, then run the tests, two files at a time
+	@$(BIN)/pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(COMPLETE)-dev ## the tests that take minutes each
 	@$(BIN)/pytest -m slow $(ARGS)

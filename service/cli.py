@@ -241,10 +241,10 @@ def guarded(arguments: list[str]) -> int:
     try:
         app(arguments)
     except BadInput as problem:
-        error.print(f"[red]error[/] {escape(str(problem))}")
+        error.print(f"[red]error[/] {escape(str(problem))}", soft_wrap=True)  # paths stay whole
         return 2
     except StageFailed as failure:
-        error.print(f"[red]failed[/] {escape(str(failure))}")
+        error.print(f"[red]failed[/] {escape(str(failure))}", soft_wrap=True)
         return 1
     except (KeyboardInterrupt, SystemExit) as end:
         status = INTERRUPTED if isinstance(end, KeyboardInterrupt) else int(end.code or 0)

@@ -17,7 +17,7 @@ from ideal.config_file import load
 from ideal.errors import BadInput
 from ideal.methods import METHODS
 from service import compare_report
-from service.run import run_key
+from service.names import run_key
 from service.sweep import Trial, run_trials
 
 BASE = "joint"

@@ -30,7 +30,8 @@ from ideal.mixture import data_order, draw
 from service import report
 from service.data import MODEL, domains
 from service.mixtures import Outcome
-from service.run import replay, run_name
+from service.names import run_name
+from service.run import replay
 from service.stages import RECORD
 
 DECAY = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}

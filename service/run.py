@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import sys
 import time
@@ -24,6 +22,7 @@ from service.cluster import Cluster, connect
 from service.driver import Optimisation
 from service.fidelity import Fidelity
 from service.mixtures import Outcome
+from service.names import run_folder, run_key, run_name
 from service.progress import Display
 from service.remote import keep_report, remote_of
 from service.stages import Records, Store, Unfinished
@@ -137,22 +136,6 @@ def replay(config: Config, notice: Callable[[str], None]) -> Outcome:
         return chosen.run()
     except Unfinished:
         return seen[-1] if seen else Outcome(data=silent)
-
-
-def run_key(config: Config) -> str:
-    """The run's fingerprint: everything but where and how fast it runs."""
-    identity = config.model_dump(mode="json", exclude={"resources", "tracking", "storage"})
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def run_folder(config: Config) -> Path:
-    """Where the run's report is."""
-    return config.root / "runs" / run_name(config)
-
-
-def run_name(config: Config) -> str:
-    """The config's name with the run's fingerprint: what reports and jobs are called."""
-    return f"{config.name}-{run_key(config)}"
 
 
 def point_to(report: Path, config: Config, console: Console) -> None:

@@ -20,6 +20,7 @@ from ideal.errors import BadInput
 from ideal.sensitivity import Scenario, Spread, Start, scenarios
 from service import run as runs
 from service.mixtures import Iteration, Outcome
+from service.names import run_folder
 from service.report import label
 
 DRAWS = 300
@@ -46,7 +47,7 @@ def examine(config: Config, console: Console) -> Path:
     found = findings(config, outcome)
     if not found:
         raise BadInput("sensitivity", "no influence of this run is recorded yet", "run it first")
-    path = write(runs.run_folder(config), config, found)
+    path = write(run_folder(config), config, found)
     for finding in found:
         console.print(table(finding, config.influence.confidence))
     console.print(f"Sensitivity: {path}", soft_wrap=True)

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from ideal.config import Config
 from ideal.errors import BadInput
-from service.run import run_name
+from service.names import run_name
 
 CONFIG = "run.yaml"
 CODE = ("ideal", "service", "jobs")

@@ -41,9 +41,10 @@ from service.benchmark import engines, fits_all
 from service.cluster import Cluster
 from service.failures import StageFailed
 from service.mixtures import Outcome
+from service.names import run_folder, run_key
 from service.progress import Display
 from service.remote import remote_of
-from service.run import connected, method_of, notices, replay, run_folder, run_key
+from service.run import connected, method_of, notices, replay
 from service.stages import Store
 from service.tracking import Tracker
 

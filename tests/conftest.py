@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: the tests need no hub, and its client waits long for one
 os.environ.pop("RAY_ADDRESS", None)  # a developer's own servers are none of the tests' business
 os.environ.pop("MLFLOW_TRACKING_URI", None)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin as they wait take the other tests' cores
 
 from pathlib import Path
 

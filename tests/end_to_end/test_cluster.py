@@ -35,7 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def runs(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Run]]:
     """Two optimisations that differ in m, submitted one after another; SFT has a worker on each node."""
-    tree = make_tree(tmp_path_factory.mktemp("inputs"))
+    tree = make_tree(tmp_path_factory.mktemp("inputs"), sft_workers=2)
     tree["equilibrium"]["iterations"] = 1
     command = Command(tmp_path_factory.mktemp("cluster"), tree)
     passwords = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": server.password}

@@ -32,7 +32,6 @@ ROWS = [
 def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     tree = make_tree(tmp_path_factory.mktemp("inputs"))
     tree["sft"]["epochs"], tree["equilibrium"]["iterations"] = 1, 1
-    tree["resources"]["sft_workers"] = 1
     tree["methods"] = {"regmix_runs": 8, "merge_candidates": 4}
     made = Command(tmp_path_factory.mktemp("compare"), tree)
     yield made

@@ -32,7 +32,7 @@ LATE = 20
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return make_tree(tmp_path_factory.mktemp("inputs"))
+    return make_tree(tmp_path_factory.mktemp("inputs"), sft_workers=2)
 
 
 @pytest.fixture(scope="module")

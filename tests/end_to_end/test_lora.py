@@ -23,7 +23,6 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
         "lora": {"rank": 8, "targets": ["q_proj", "up_proj", "down_proj"]},
     }
     tree["equilibrium"]["iterations"] = 1
-    tree["resources"]["sft_workers"] = 1
     tree["methods"] = {"merge_candidates": 4}
     made = Command(tmp_path_factory.mktemp("lora"), tree)
     yield made

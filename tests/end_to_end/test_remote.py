@@ -17,7 +17,7 @@ NEXT = "every stage of this run is recorded: nothing to do"
 def test_a_run_goes_on_where_another_machine_left_it(tmp_path: Path) -> None:
     storage = ObjectStorage(tmp_path / "buckets")
     tree = make_tree(tmp_path)
-    tree["equilibrium"]["iterations"], tree["resources"]["sft_workers"] = 1, 1
+    tree["equilibrium"]["iterations"] = 1
     command = Command(tmp_path, tree)
     command.environment |= storage.environment
     try:

@@ -11,13 +11,18 @@ from tests.tiny import make_model
 VOLUMES = {"sums": 24, "words": 112, "echo": 24}
 
 
-def make_tree(folder: Path) -> dict[str, Any]:
-    """The config's tree; its model and data are put into ``folder``."""
+def make_tree(folder: Path, sft_workers: int = 1) -> dict[str, Any]:
+    """The config's tree; its model and data are put into ``folder``.
+
+    Args:
+        sft_workers: one takes half the time of two, which start each other by Ray Train.
+    """
     rows = [{"question": f"Say {n} twice.", "answer": f"{n} {n}"} for n in range(1000, 1160)]
     (folder / "echo.jsonl").write_text("\n".join(map(json.dumps, rows)))
     made = settings(make_model(folder / "model", layers=2, hidden=64), folder / "echo.jsonl")
     for part in ("train", "reference"):
         made["domains"][2][part]["fields"] = {"prompt": "question", "completion": "answer"}
+    made["resources"]["sft_workers"] = sft_workers
     return made
 
 
@@ -60,5 +65,5 @@ def settings(model: Path, echo: Path) -> dict[str, Any]:
         "sft": {"epochs": 4, "learning_rate": 3e-3, "batch_examples": 16, "precision": "fp32"},
         "influence": {"layers": ["*.mlp.*"], "examples": 64, "blocks": 4, "precision": "fp32", "confidence": 0.01},
         "equilibrium": {"iterations": 2, "m": 0.4, "tolerance": 0.0},
-        "resources": {"sft_workers": 2, "influence_workers": 1, "vllm_memory": 0.125},
+        "resources": {"influence_workers": 1, "vllm_memory": 0.125},
     }

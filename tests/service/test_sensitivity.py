@@ -13,7 +13,7 @@ from ideal.equilibrium import update
 from ideal.errors import BadInput
 from service import sensitivity
 from service.mixtures import Outcome
-from service.run import run_folder
+from service.names import run_folder
 from tests.service.conftest import iteration
 
 

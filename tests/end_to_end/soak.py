@@ -1,0 +1,66 @@
+"""Optimisations one after another by one driver on one cluster, and what each leaves behind: a line of JSON a run.
+
+python -m tests.end_to_end.soak CONFIG RUNS
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+
+from ideal.config_file import load
+from service.cluster import connect
+from service.run import run
+
+SETTLED = 3
+"""Seconds in which what a run needed has time to end."""
+LOGS = "log_monitor.py"
+"""Ray's, which keeps up to 200 logs open until it looks whose they are."""
+
+ENGINE = "vllm_dist_"
+"""vLLM's file, of two kilobytes, of an engine that was stopped."""
+
+
+def left() -> dict[str, int]:
+    """What is there now: processes of the cluster, what they and this driver hold, and the bytes of Ray's folder, of
+    temporary files, and of shared memory."""
+    ours = [process for process in psutil.process_iter() if _ours(process)]
+    folders = [Path("/dev/shm"), Path(os.environ["RAY_TMPDIR"]), Path(os.environ["TMPDIR"])]
+    shared, ray, temporary = (
+        sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file() and not file.name.startswith(ENGINE))
+        for folder in folders
+    )
+    return {
+        "processes": len(ours),
+        "open files": sum(each.num_fds() for each in ours if LOGS not in " ".join(each.cmdline())),
+        "driver's open files": psutil.Process().num_fds(),
+        "driver's threads": psutil.Process().num_threads(),
+        "shared memory": shared,
+        "Ray's logs": ray,
+        "temporary files": temporary,
+    }
+
+
+def _ours(process: psutil.Process) -> bool:
+    try:
+        return process.environ().get("RAY_TMPDIR") == os.environ["RAY_TMPDIR"]
+    except psutil.Error:
+        return False
+
+
+if __name__ == "__main__":
+    path, runs = Path(sys.argv[1]), int(sys.argv[2])
+    connect(load(path))
+    for seed in range(runs):
+        started = time.monotonic()
+        with Path(os.devnull).open("w") as nowhere:
+            run(load(path, [f"seed={seed}"]), Console(file=nowhere))
+        seconds = round(time.monotonic() - started, 1)
+        time.sleep(SETTLED)
+        print(json.dumps({"seed": seed, "seconds": seconds, **left()}), flush=True)
