@@ -18,7 +18,7 @@ run: $(COMPLETE) ## install, then run the quickstart (or CONFIG=…)
 	@$(BIN)/ideal run $(CONFIG) $(ARGS)
 
 test: $(COMPLETE)-dev ## install, then run the tests, two files at a time
-	@$(BIN)/pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(COMPLETE)-dev ## the tests that take minutes each
 	@$(BIN)/pytest -m slow $(ARGS)

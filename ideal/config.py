@@ -143,7 +143,7 @@ class EquilibriumConfig(Section):
     objective: Literal["macro", "micro"] = Field(
         "macro", description="Mean over reference sets, or over their supervised tokens."
     )
-    iterations: int = Field(2, ge=1, le=20, description="Updates of the mixture: 2 gives D0, D1, D2 (paper).")
+    iterations: int = Field(3, ge=1, le=20, description="Updates of the mixture: 2 gives D0, D1, D2 (paper: 2).")
     scout: float = Field(
         1.0,
         gt=0,
@@ -152,12 +152,19 @@ class EquilibriumConfig(Section):
         "one is then trained on all. 1: every mixture is trained on all (paper).",
     )
     m: float = Field(
-        0.15, gt=0, lt=1, description="Largest relative change of a volume in one iteration (paper: 0.15)."
+        0.8, gt=0, lt=1, description="Largest relative change of a volume in one iteration (paper: 0.15)."
     )
     normalise: Literal["largest", "mean"] = Field(
-        "largest",
+        "mean",
         description="Which domain moves by m: `largest`: the one of the largest influence alone (paper). `mean`: every "
         "one of at least the mean influence, so that a single domain doesn't take the whole step.",
+    )
+    sure: float = Field(
+        0.75,
+        ge=0.5,
+        le=1,
+        description="A run goes on while some domain's influence has one sign in at least this share of the "
+        "resamples. A wrong step is taken back (`max_rise`); a run that stops too early gains nothing.",
     )
     floor: int = Field(1, ge=1, description="Smallest volume of a domain, in examples.")
     max_copies: float = Field(4.0, ge=1, description="Most copies of one example in a mixture.")

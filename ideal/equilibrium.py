@@ -56,6 +56,10 @@ class Update:
         """Whether a domain's interval lies on one side of 0."""
         return [low > 0 or high < 0 for low, high in zip(self.low, self.high, strict=True)]
 
+    def told(self, sure: float) -> bool:
+        """Whether any domain's value has its sign in at least this share of the resamples."""
+        return any(value != 0 and sign >= sure for value, sign in zip(self.value, self.sign, strict=True))
+
     def change(self, before: Sequence[int]) -> float:
         """Largest relative change of a volume."""
         return max(abs(new - old) / old for new, old in zip(self.volumes, before, strict=True))

@@ -70,7 +70,7 @@ class Optimisation(Mixtures):
         for _ in range(config.retries + 1):
             step = self._update(current, m)
             current.update = current.update or step
-            if not any(step.decided):
+            if not step.told(config.sure):
                 self.outcome.stopped = "no domain's influence is told from 0: larger sets would be needed"
                 return None, m
             if step.change(list(current.volumes.values())) < config.tolerance:

@@ -63,7 +63,7 @@ def settings(model: Path, echo: Path) -> dict[str, Any]:
             {**made("spell_backward", words, 2000, 8), "name": "words", "max_new_tokens": 8},
         ],
         "sft": {"epochs": 4, "learning_rate": 3e-3, "batch_examples": 16, "precision": "fp32"},
-        "influence": {"layers": ["*.mlp.*"], "examples": 64, "blocks": 4, "precision": "fp32", "confidence": 0.01},
-        "equilibrium": {"iterations": 2, "m": 0.4, "tolerance": 0.0},
+        "influence": {"layers": ["*.mlp.*"], "examples": 64, "blocks": 4, "precision": "fp32"},
+        "equilibrium": {"iterations": 2, "m": 0.4, "normalise": "largest", "tolerance": 0.0, "sure": 0.5},
         "resources": {"influence_workers": 1, "vllm_memory": 0.125},
     }

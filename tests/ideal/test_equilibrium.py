@@ -19,7 +19,8 @@ SMALL = 1e-9
 
 def step(influence=INFLUENCE, volumes=VOLUMES, pools=WIDE, lengths=LENGTHS, m=0.15, cloud=None, **settings):  # type: ignore[no-untyped-def]
     cloud = np.tile(influence, (20, 1)) if cloud is None else cloud
-    return update(influence, cloud, volumes, pools, lengths, EquilibriumConfig(**settings), m, 0.9)
+    config = EquilibriumConfig(**{"normalise": "largest", **settings})
+    return update(influence, cloud, volumes, pools, lengths, config, m, 0.9)
 
 
 def test_worth_of_an_example_is_the_numerical_derivative() -> None:
@@ -160,6 +161,17 @@ def test_what_is_decided() -> None:
     assert found.sign[2] == pytest.approx(expected[2])
     assert found.low[0] == pytest.approx(np.quantile(cloud[:, 0] - cloud.mean(1), 0.05))
     assert found.high[0] == pytest.approx(np.quantile(cloud[:, 0] - cloud.mean(1), 0.95))
+
+
+def test_a_run_goes_on_while_one_sign_is_sure_enough() -> None:
+    """At the level of an interval: 95 % of one sign is a 90 % interval on one side of 0."""
+    random = np.random.default_rng(3)
+    for size, expected in ((0.0, (False, False)), (0.12, (True, False)), (1.0, (True, True))):
+        influence = size * np.array([1.0, -1.0, 0.0, 0.0])
+        cloud = influence + 0.1 * random.standard_normal((4000, 4))
+        found = step(influence, [100] * 4, lengths=[5.0] * 4, cloud=cloud)
+        assert (found.told(0.75), found.told(0.95)) == expected
+        assert found.told(0.95) == any(found.decided)
 
 
 def test_a_sign_that_most_resamples_contradict_is_improbable() -> None:

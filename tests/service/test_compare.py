@@ -42,8 +42,8 @@ def test_joint_is_always_there(path: Path) -> None:
 def test_what_cant_be_compared_is_refused(path: Path) -> None:
     with pytest.raises(BadInput, match="no 'bayes'"):
         trials_of(path, None, ["bayes"], [], 1)
-    with pytest.raises(BadInput, match=r"m=0\.15 is the same as equilibrium"):
-        trials_of(path, None, ["equilibrium"], ["equilibrium.m=0.15"], 1)
+    with pytest.raises(BadInput, match=r"m=0\.8 is the same as equilibrium"):
+        trials_of(path, None, ["equilibrium"], ["equilibrium.m=0.8"], 1)
 
 
 @pytest.fixture

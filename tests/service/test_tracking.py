@@ -84,7 +84,7 @@ def test_an_optimisation_holds_its_iterations(config: Config, uri: str, said: li
     assert [run.data.tags[MLFLOW_RUN_NAME] for run in children] == ["D0", "D1 (rejected)", "D1"]
     assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
     assert {"m", "seed", "model", "method"} <= set(parent.data.params)
-    assert parent.data.params["m"] == "0.15"
+    assert parent.data.params["m"] == "0.8"
     assert history(uri, children[0], "loss") == [(0, 3.0), (1, 2.0), (2, 1.0)]
 
 
