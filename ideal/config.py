@@ -151,9 +151,7 @@ class EquilibriumConfig(Section):
         description="Share of its examples that a mixture is trained on while mixtures are sought; the last accepted "
         "one is then trained on all. 1: every mixture is trained on all (paper).",
     )
-    m: float = Field(
-        0.8, gt=0, lt=1, description="Largest relative change of a volume in one iteration (paper: 0.15)."
-    )
+    m: float = Field(0.8, gt=0, lt=1, description="Largest relative change of a volume in one iteration (paper: 0.15).")
     normalise: Literal["largest", "mean"] = Field(
         "mean",
         description="Which domain moves by m: `largest`: the one of the largest influence alone (paper). `mean`: every "
