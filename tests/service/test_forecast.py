@@ -79,7 +79,7 @@ def test_this_machine_is_measured(config: Config, tiny_model: Path) -> None:
     out = printed(config, tiny_model)
     assert "measured here" in out
     assert "of each GPU" not in out
-    assert "D0 to D2 without benchmarks" in out
+    assert "D0 to D3 without benchmarks" in out
 
 
 def test_time_follows_the_work_and_the_machine(paper: Config, sizes: Sizes) -> None:

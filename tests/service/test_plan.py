@@ -61,7 +61,7 @@ def test_counts_are_the_real_models(config: Config, base: Path, shapes: Pretrain
     assert found.tracked == sum(mlp)
     gradients = 4 * sum(mlp) * 2 * 2 * config.influence.blocks  # domains and reference sets, in fp32
     assert found.scratch == gradients + 2 * sum(mlp) * 2 * 2  # and their solutions, in bf16
-    assert found.checkpoints == 2 * 3 * found.parameters * 2  # D0, D1, D2 in bf16, each trained and averaged
+    assert found.checkpoints == 2 * 4 * found.parameters * 2  # D0 to D3 in bf16, each trained and averaged
 
 
 def test_less_memory_means_more_layer_blocks(config: Config) -> None:
