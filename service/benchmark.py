@@ -19,7 +19,7 @@ from ideal.config import Config
 from ideal.config_inputs import BenchmarkConfig
 from ideal.lora import is_adapter
 from service.cluster import Cluster, Reservation
-from service.data import MODEL
+from service.files import MODEL
 from service.progress import Reporter
 from service.vllm_model import VllmModel, reload, start_engine
 

@@ -18,26 +18,8 @@ from ideal.domains import Domain, prepare
 from ideal.model import load_tokenizer, local_folder, materialise, read_template
 from ideal.pretraining import pretrain
 from ideal.sources import files_of
-from ideal.training import AVERAGE
+from service.files import MODEL, reference_file, train_file
 from service.progress import Reporter
-
-MODEL = "model"
-"""A stage's folder with a model in the transformers format."""
-
-
-def for_influence(folder: Path) -> Path:
-    """The model in an SFT's folder that influence is computed at: the mean of its last weights, if it was kept."""
-    return folder / AVERAGE if (folder / AVERAGE).is_dir() else folder / MODEL
-
-
-def train_file(data: Path, domain: str) -> Path:
-    """A domain's training examples in the data stage's folder."""
-    return data / f"{domain}.train.safetensors"
-
-
-def reference_file(data: Path, domain: str) -> Path:
-    """A domain's reference set in the data stage's folder."""
-    return data / f"{domain}.reference.safetensors"
 
 
 def model_settings(config: ModelConfig) -> dict[str, Any]:

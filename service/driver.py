@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from ideal.domains import starting_volumes
 from ideal.equilibrium import Update, update
 from ideal.influence import InfluenceTable
-from service.data import MODEL
+from service.files import MODEL
 from service.influence import TABLE, influence
 from service.mixtures import Iteration, Mixtures, Outcome
 from service.plan import layer_blocks

@@ -28,7 +28,8 @@ from ideal.domains import Domain
 from ideal.errors import BadInput
 from ideal.mixture import data_order, draw
 from service import report
-from service.data import MODEL, domains
+from service.data import domains
+from service.files import MODEL
 from service.mixtures import Outcome
 from service.names import run_name
 from service.run import replay

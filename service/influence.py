@@ -31,7 +31,7 @@ from ideal.products import block_products, combined, table_of
 from ideal.sampled import curvature_blocks
 from ideal.solvers import coupled
 from service.cluster import Cluster, Reservation
-from service.data import for_influence
+from service.files import for_influence
 from service.influence_actor import InfluenceActor
 from service.memory import cut
 from service.progress import Reporter

@@ -13,6 +13,7 @@ from ideal.mixture import reduced
 from service import data
 from service.benchmark import Benchmarks
 from service.cluster import Cluster
+from service.files import MODEL
 from service.plan import shards_training
 from service.progress import Display
 from service.reference import reference_losses
@@ -144,7 +145,7 @@ class Mixtures(Study):
                 seed=config.seed,
                 resources=config.resources,
                 cluster=self.cluster,
-                sharded=shards_training(config, self.base.folder / data.MODEL, self.cluster),
+                sharded=shards_training(config, self.base.folder / MODEL, self.cluster),
                 progress=progress,
             ),
         )

@@ -26,7 +26,7 @@ from ideal.methods.proxy import Stepped
 from ideal.model import DTYPES, device, load_model
 from ideal.training import Trainer, number_of_steps
 from service.cluster import Cluster, on_one_worker
-from service.data import MODEL, reference_file, train_file
+from service.files import MODEL, reference_file, train_file
 from service.progress import Reporter
 from service.reference import losses_of, means
 

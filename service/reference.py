@@ -16,7 +16,7 @@ from ideal.examples import ExampleSet
 from ideal.model import DTYPES, device, load_model
 from ideal.training import example_losses
 from service.cluster import Cluster, on_one_worker
-from service.data import MODEL, reference_file
+from service.files import MODEL, reference_file
 from service.progress import Reporter
 
 BY_EXAMPLE = "losses.json"

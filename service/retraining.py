@@ -22,7 +22,7 @@ from ideal.model import DTYPES, device, load_model
 from ideal.sampled import Sampled
 from ideal.training import AVERAGE, DAMPING, Trainer, train
 from service.cluster import Cluster, Reservation
-from service.data import MODEL, for_influence, train_file
+from service.files import MODEL, for_influence, train_file
 from service.influence import TABLE
 from service.progress import Reporter
 from service.reference import losses_of, means

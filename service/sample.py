@@ -11,7 +11,7 @@ from ideal.equilibrium import token_weights
 from ideal.examples import ExampleSet
 from ideal.influence import split
 from ideal.mixture import draw
-from service.data import reference_file, train_file
+from service.files import reference_file, train_file
 
 
 @dataclass(frozen=True)

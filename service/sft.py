@@ -27,7 +27,7 @@ from ideal.model import load_tokenizer
 from ideal.sharded import ShardedTrainer
 from ideal.training import AVERAGE, Trainer, plan, train
 from service.cluster import Cluster, on_one_worker
-from service.data import MODEL, train_file
+from service.files import MODEL, train_file
 from service.progress import Reporter
 from service.stages import WORK
 

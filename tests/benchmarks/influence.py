@@ -54,7 +54,7 @@ from ideal.model import load_model, load_tokenizer, materialise, summed_loss, su
 from ideal.products import block_products, combined, table_of
 from ideal.sampled import curvature_blocks
 from ideal.training import DAMPING
-from service.data import MODEL, reference_file, train_file
+from service.files import MODEL, reference_file, train_file
 from service.influence_actor import InfluenceActor
 from tests.service.peak import status
 

@@ -20,7 +20,7 @@ from ideal.equilibrium import Update
 from ideal.examples import ExampleSet
 from ideal.influence import InfluenceTable
 from service import environment
-from service.data import MODEL, reference_file, train_file
+from service.files import MODEL, reference_file, train_file
 from service.mixtures import Iteration, Outcome
 from service.stages import Record
 from tests.tiny import make_model

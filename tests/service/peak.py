@@ -25,7 +25,7 @@ from ideal.curvature.layers import layer_shapes
 from ideal.examples import ExampleSet
 from ideal.sharded import ShardedTrainer
 from ideal.training import Step, Trainer, plan
-from service.data import MODEL, train_file
+from service.files import MODEL, train_file
 from service.influence_actor import InfluenceActor
 from service.sample import Sample
 

@@ -26,8 +26,9 @@ from ideal.errors import BadInput
 from ideal.mixture import draw
 from ideal.model import load_tokenizer
 from ideal.training import plan
-from service.data import MODEL, domains
+from service.data import domains
 from service.export import base_of, export, trainers
+from service.files import MODEL
 from service.mixtures import Outcome
 from service.stages import RECORD
 from tests.service.conftest import tree

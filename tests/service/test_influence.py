@@ -23,7 +23,7 @@ from ideal.model import load_model
 from ideal.sampled import Sampled
 from ideal.training import DAMPING
 from service.cluster import Cluster
-from service.data import MODEL
+from service.files import MODEL
 from service.influence import TABLE, by_cost, influence
 from service.sample import Sample
 from service.stages import RECORD, Stage, Store

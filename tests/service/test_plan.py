@@ -25,7 +25,7 @@ from ideal.errors import BadInput
 from ideal.examples import ExampleSet
 from ideal.training import DAMPING, Trainer
 from service.cluster import Cluster
-from service.data import MODEL, reference_file, train_file
+from service.files import MODEL, reference_file, train_file
 from service.memory import GIB, Sizes
 from service.plan import Plan, estimate, filling, layer_blocks, plan
 from tests.service.conftest import tree

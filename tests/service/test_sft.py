@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ideal.config import ResourcesConfig, SftConfig
 from ideal.training import AVERAGE
 from service.cluster import Cluster
-from service.data import MODEL, for_influence
+from service.files import MODEL, for_influence
 from service.sft import sft
 from service.stages import WORK
 
