@@ -36,7 +36,9 @@ def command(tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]) -> I
 def swept(command: Command, tree: dict[str, Any]) -> Ended:
     """Killed while D0's influence is computed, and started again."""
     half = command.storage / "stages" / "influence"
-    return command.killed_and_again(*SWEEP, when=lambda: command.records("sft") and list(half.glob("*/*/*/*")))
+    return command.killed_and_again(
+        *SWEEP, when=lambda: command.records("sft") and list(half.glob("*/*/*/*")), before="influence"
+    )
 
 
 def found(command: Command) -> dict[str, Any]:
