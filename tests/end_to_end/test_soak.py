@@ -16,7 +16,7 @@ from tests.end_to_end.tiny_run import make_tree
 from tests.ray_cluster import start_head
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-RUNS = int(os.environ.get("SOAK_RUNS", "30"))
+RUNS = int(os.environ.get("SOAK_RUNS", "12"))
 WARM = 3
 """Runs until everything has been started once."""
 LOGS_OF_A_RUN = 500_000
