@@ -63,14 +63,7 @@ class Command:
 
     def processes(self) -> list[psutil.Process]:
         """Everything that this command's runs started and that still runs."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("RAY_TMPDIR") == self.ray and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
+        return processes_of(self.ray)
 
     def alone(self, seconds: float) -> bool:
         """Whether nothing of it runs any more, within so many seconds."""
@@ -118,6 +111,18 @@ class Command:
         (path,) = (self.storage / "runs").glob("*/report.json")
         found: dict[str, Any] = json.loads(path.read_text())
         return found
+
+
+def processes_of(ray: str) -> list[psutil.Process]:
+    """Everything that runs with this folder for Ray's."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("RAY_TMPDIR") == ray and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
 
 
 def same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:

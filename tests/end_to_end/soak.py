@@ -17,6 +17,7 @@ from rich.console import Console
 from ideal.config_file import load
 from service.cluster import connect
 from service.run import run
+from tests.command import processes_of
 
 SETTLED = 3
 """Seconds in which what a run needed has time to end."""
@@ -29,7 +30,7 @@ ENGINE = "vllm_dist_"
 def left() -> dict[str, int]:
     """What is there now: processes of the cluster, what they and this driver hold, and the bytes of Ray's folder, of
     temporary files, and of shared memory."""
-    ours = [process for process in psutil.process_iter() if _ours(process)]
+    ours = processes_of(os.environ["RAY_TMPDIR"])
     folders = [Path("/dev/shm"), Path(os.environ["RAY_TMPDIR"]), Path(os.environ["TMPDIR"])]
     shared, ray, temporary = (
         sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file() and not file.name.startswith(ENGINE))
@@ -37,9 +38,7 @@ def left() -> dict[str, int]:
     )
     return {
         "processes": len(ours),
-        "open files": sum(
-            each.num_fds() for each in ours if not any(name in " ".join(each.cmdline()[:3]) for name in RAYS_OWN)
-        ),
+        "open files": sum(map(_open_files, ours)),
         "driver's open files": psutil.Process().num_fds(),
         "driver's threads": psutil.Process().num_threads(),
         "shared memory": shared,
@@ -48,11 +47,12 @@ def left() -> dict[str, int]:
     }
 
 
-def _ours(process: psutil.Process) -> bool:
+def _open_files(process: psutil.Process) -> int:
     try:
-        return process.environ().get("RAY_TMPDIR") == os.environ["RAY_TMPDIR"]
-    except psutil.Error:
-        return False
+        own = any(name in " ".join(process.cmdline()[:3]) for name in RAYS_OWN)
+        return 0 if own else process.num_fds()
+    except psutil.Error:  # it has just ended
+        return 0
 
 
 if __name__ == "__main__":

@@ -1,19 +1,18 @@
-"""``ideal run`` from its first line to its last: D0 → D1 → D2 on a tiny model, again, and as a job.
-
-Killed in the middle: ``test_sweep``, and ten times in ``test_faults``.
-"""
+"""``ideal run`` from its first line to its last: D0 → D1 → D2 on a tiny model, again, as a job, and killed in
+the middle."""
 
 from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from tests.command import IDEAL, Command, Ended
+from tests.command import IDEAL, Command, Ended, same
 from tests.end_to_end.tiny_run import VOLUMES, make_tree
 from tests.ray_cluster import start_head
 
@@ -163,3 +162,21 @@ def test_without_its_token_a_cluster_lets_no_one_in(
     unknown = cluster("logs", "nothing")
     assert unknown.returncode == 2
     assert "there is no nothing on this cluster" in unknown.stderr
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_and_ends_the_same(
+    tmp_path: Path, tree: dict[str, Any], command: Command, whole: Ended
+) -> None:
+    """Killed with SIGKILL while influence and benchmarks of D0 run: the second start trains no D0 again."""
+    killed = Command(tmp_path, tree)
+    try:
+        half = killed.storage / "stages" / "influence"
+        ended = killed.killed_and_again(
+            when=lambda: killed.records("sft") and list(half.glob("*/*/*/*")), before="influence"
+        )
+        assert ended.status == 0, ended.output
+        same(killed.report(), command.report())
+        assert {path.parent.name for path in killed.records()} == {path.parent.name for path in command.records()}
+    finally:
+        killed.clean()
