@@ -38,10 +38,7 @@ def present(findings: Findings, console: Console, *, base: str) -> dict[str, Any
     path = write(folder, found)
     tracker = Tracker(config, f"comparison-{key}", folder, notices(console), name=f"{config.name} comparison")
     tracker.write_study(metrics(found))
-    shown = Table(*_columns(found))
-    for row in _cells(found):
-        shown.add_row(*row)
-    console.print(shown)
+    console.print(table(found, console.width))
     for line in legend(found):
         console.print(line, soft_wrap=True)
     point_to(path, config, console)
@@ -68,6 +65,21 @@ def summary(findings: Findings, base: str) -> dict[str, Any]:
         "wall": findings.wall,
         "rows": rows,
     }
+
+
+def table(found: dict[str, Any], width: int) -> Table:
+    """The report's table, or as much of it as can be read in ``width`` characters."""
+    columns, rows = _columns(found), _cells(found)
+    words = [max(len(word) for word in " ".join(cells).split()) for cells in zip(columns, *rows, strict=True)]
+    kept = list(range(len(columns)))
+    if sum(words) + 3 * len(words) >= width:
+        kept = [n for n in kept if columns[n] not in (*found["benchmarks"], "spread", "reference loss", "volumes")]
+    shown = Table()
+    for n in kept:
+        shown.add_column(columns[n], min_width=words[n])
+    for row in rows:
+        shown.add_row(*(row[n] for n in kept))
+    return shown
 
 
 def write(folder: Path, found: dict[str, Any]) -> Path:

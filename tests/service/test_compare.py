@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from ideal.comparison import difference, estimate
 from ideal.config_file import load
@@ -100,6 +102,18 @@ def test_the_report_holds_every_method_and_every_run(findings: Findings, tmp_pat
     for name in ("scores", "volumes"):
         assert (tmp_path / "report" / f"{name}.png").stat().st_size > 5000
     assert compare_report.metrics(found)["overall/uniform"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("width", "columns"), [(160, 11), (80, 6)])
+def test_no_word_of_the_table_is_cut_off(findings: Findings, width: int, columns: int) -> None:
+    found = compare_report.summary(findings, "joint")
+    console = Console(width=width, record=True, file=io.StringIO())
+    shown = compare_report.table(found, width)
+    console.print(shown)
+    printed = console.export_text()
+    assert len(shown.columns) == columns
+    assert "…" not in printed
+    assert "equilibrium" in printed
 
 
 def test_one_seed_has_no_interval(findings: Findings, tmp_path: Path) -> None:
