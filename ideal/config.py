@@ -123,6 +123,12 @@ class InfluenceConfig(Section):
         "bf16", description="Arithmetic of the model's passes; products and sums are always fp32."
     )
 
+    sample: Literal["first", "next"] = Field(
+        "first",
+        description="Which examples stand for a domain: `first`: some that the mixture trains on. `next`: those that a "
+        "larger volume would add, which no epoch has learned by heart: better with several epochs.",
+    )
+
     def of_the_table(self) -> dict[str, Any]:
         """The settings that an influence table depends on; the others are of its intervals."""
         return self.model_dump(mode="json", exclude={"confidence", "resamples", "widening"})
@@ -163,6 +169,9 @@ class EquilibriumConfig(Section):
         le=1,
         description="A run goes on while some domain's influence has one sign in at least this share of the "
         "resamples. A wrong step is taken back (`max_rise`); a run that stops too early gains nothing.",
+    )
+    shrink: bool = Field(
+        False, description="Domains whose influence is uncertain move less: by e²/(e² + variance over the resamples)."
     )
     floor: int = Field(1, ge=1, description="Smallest volume of a domain, in examples.")
     max_copies: float = Field(4.0, ge=1, description="Most copies of one example in a mixture.")

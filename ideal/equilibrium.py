@@ -14,7 +14,8 @@ and an *example* of domain j is worth e_j = (τ_j/τ̄)(a_j − ā) with τ̄ = 
 Where all domains have examples of the same length, e_j is a_j − ā. With ``normalise: mean`` the divisor is the mean
 |e_k| over the mixture's examples, so that a domain of mean worth moves by m already: divided by the largest, a small
 domain of great worth takes the whole step, and large harmful ones hardly shrink. Limits (the floor, the most copies,
-m itself) are met by projection, which keeps the total, not by clipping, which wouldn't.
+m itself) are met by projection, which keeps the total, not by clipping, which wouldn't. With ``shrink`` e_j is first
+multiplied by e_j²/(e_j² + s_j²), s_j² its variance over the bootstrap's resamples: what is mostly noise moves little.
 """
 
 from __future__ import annotations
@@ -113,8 +114,9 @@ def update(
     tail = (1 - confidence) / 2
     low, high = np.quantile(cloud, [tail, 1 - tail], axis=0)
     right = (np.sign(cloud) == np.sign(value)).mean(0)
-    size = np.abs(value).max() if config.normalise == "largest" else np.average(np.abs(value), weights=volumes)
-    wanted = m * value / size if size > 0 else np.zeros_like(value)
+    worth = shrunk(value, cloud) if config.shrink else value
+    size = np.abs(worth).max() if config.normalise == "largest" else np.average(np.abs(worth), weights=volumes)
+    wanted = m * worth / size if size > 0 else np.zeros_like(worth)
     lowest, highest = limits(volumes, pools, config, m)
     if config.rule == "paper":
         beta = np.clip(wanted, lowest, highest)
@@ -123,6 +125,17 @@ def update(
         beta = project(wanted, np.asarray(volumes, float), lowest, highest)
         new = round_volumes(list(np.asarray(volumes) * (1 + beta)), sum(volumes))
     return Update(value.tolist(), low.tolist(), high.tolist(), right.tolist(), beta.tolist(), new)
+
+
+def shrunk(value: Array, cloud: Array) -> Array:
+    """[M] values, each times the share of its square that isn't noise.
+
+    Args:
+        value: [M].
+        cloud: [S, M] the same for every bootstrap resample.
+    """
+    square, noise = value**2, cloud.var(0)
+    return np.asarray(value * np.divide(square, square + noise, out=np.zeros_like(square), where=square > 0))
 
 
 def limits(volumes: Sequence[int], pools: Sequence[int], config: EquilibriumConfig, m: float) -> tuple[Array, Array]:

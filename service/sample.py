@@ -26,14 +26,17 @@ class Sample:
     def blocks(self) -> list[Block]:
         """Every domain's blocks, then every reference set's.
 
-        A domain's sample is the beginning of its seeded order: what the mixture holds comes first.
+        A domain's sample is the beginning of its seeded order, which the mixture holds, or (``sample: next``) what
+        follows in that order upon the mixture's: the examples that a larger volume would add.
         """
         pools = {domain: ExampleSet.load(train_file(self.data, domain)) for domain in self.volumes}
         lengths = [float(pool.supervised_tokens().mean()) for pool in pools.values()]
         weights = token_weights(list(self.volumes.values()), lengths)
         blocks: list[Block] = []
         for (domain, pool), weight in zip(pools.items(), weights, strict=True):
-            sample = draw(len(pool), min(self.config.examples, len(pool)), self.seed, domain).tolist()
+            start = self.volumes[domain] if self.config.sample == "next" else 0
+            end = start + min(self.config.examples, len(pool))
+            sample = draw(len(pool), end, self.seed, domain)[start:].tolist()
             blocks += split(f"train/{domain}", pool, sample, self.config.blocks, float(weight))
         for domain in self.volumes:
             reference = ExampleSet.load(reference_file(self.data, domain))

@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import minimize
 
 from ideal.config import EquilibriumConfig
-from ideal.equilibrium import limits, project, token_weights, update, values
+from ideal.equilibrium import limits, project, shrunk, token_weights, update, values
 from ideal.errors import BadInput
 
 VOLUMES = [400, 120, 60, 25]
@@ -44,6 +44,22 @@ def test_worth_of_an_example_is_the_numerical_derivative() -> None:
 def test_equal_lengths_give_the_plain_centred_influence() -> None:
     e = values(INFLUENCE, VOLUMES, [7.0] * 4, "balanced")
     np.testing.assert_allclose(e, INFLUENCE - np.array(VOLUMES) @ INFLUENCE / sum(VOLUMES))
+
+
+def test_shrunk_steps_leave_out_what_is_noise() -> None:
+    """Values ±1 of equal volumes, one with as much variance as its square: it keeps half, the sure one all."""
+    influence = np.array([1.0, -1.0, 0.0, 0.0])
+    cloud = np.tile(influence, (40, 1))
+    cloud[:, 0] += np.tile([1.0, -1.0], 20)
+    cloud[:, 1:] -= cloud[:, :1] / 3 - 1 / 3  # a mean of 0, so that centring adds nothing
+    noise = cloud[:, 1].var()
+    found = step(influence, [100] * 4, lengths=[1.0] * 4, m=0.4, cloud=cloud, shrink=True)
+    plain = step(influence, [100] * 4, lengths=[1.0] * 4, m=0.4, cloud=cloud)
+    assert plain.beta == pytest.approx([0.4, -0.4, 0.0, 0.0])
+    assert shrunk(np.array(found.value), cloud) == pytest.approx([0.5, -1 / (1 + noise), 0.0, 0.0])
+    assert found.value == plain.value
+    assert abs(found.beta[0]) < 0.8 * abs(found.beta[1])
+    assert sum(found.volumes) == 400
 
 
 def test_a_common_influence_moves_nothing() -> None:

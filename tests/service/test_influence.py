@@ -17,13 +17,15 @@ from ideal.config import Config, InfluenceConfig, LoraConfig, SftConfig
 from ideal.curvature.accumulate import accumulate
 from ideal.curvature.layers import input_group
 from ideal.errors import BadInput
+from ideal.examples import ExampleSet
 from ideal.in_process import influence_tables
 from ideal.influence import InfluenceTable
+from ideal.mixture import draw
 from ideal.model import load_model
 from ideal.sampled import Sampled
 from ideal.training import DAMPING
 from service.cluster import Cluster
-from service.files import MODEL
+from service.files import MODEL, train_file
 from service.influence import TABLE, by_cost, influence
 from service.sample import Sample
 from service.stages import RECORD, Stage, Store
@@ -229,6 +231,18 @@ def test_an_actor_that_can_not_be_had_is_said(settings: Config, base: Path, data
     with pytest.raises(BadInput) as problem:
         on_ray(base, short, base, data, 3, 1)
     assert problem.value.where == "influence"
+
+
+def test_the_next_examples_are_those_that_a_larger_volume_adds(settings: Config, data: Path) -> None:
+    following = settings.model_copy(update={"influence": settings.influence.model_copy(update={"sample": "next"})})
+    for domain, volume in VOLUMES.items():
+        pool = len(ExampleSet.load(train_file(data, domain)))
+        count = min(settings.influence.examples, pool)
+        larger = draw(pool, volume + count, settings.seed, domain).tolist()
+        for config, expected in ((settings, larger[:count]), (following, larger[volume:])):
+            blocks = [block for block in sample(config, data).blocks() if block.set == f"train/{domain}"]
+            assert sorted(key for block in blocks for key in block.keys) == sorted(expected)
+        assert larger[:count] != larger[volume:]
 
 
 def test_solving_is_divided_by_its_cost() -> None:
