@@ -120,7 +120,8 @@ class Tracker:
         above = self._run(*self.below, None) if self.below else None
         parent = self._run(self.key, self.name, above)
         self._once(parent, "config", self._parameters)
-        self._once(parent, "values", self._values)
+        if self.values:
+            self._once(parent, "/".join(["values", *self.values]), self._values)
         for position, iteration in enumerate(outcome.iterations):
             self._iteration(parent, position, iteration)
         if outcome.stopped:
@@ -137,9 +138,9 @@ class Tracker:
 
     def _run(self, key: str, name: str, parent: Run | None) -> Run:
         found = self.client.search_runs([self.experiment], f"tags.`{KEY}` = '{key}'", max_results=1)
-        tags = {MLFLOW_PARENT_RUN_ID: parent.info.run_id} if parent else {}
+        tags = {MLFLOW_PARENT_RUN_ID: parent.info.run_id, MLFLOW_RUN_NAME: name} if parent else {}
         if not found:
-            return self.client.create_run(self.experiment, tags={**tags, KEY: key, MLFLOW_RUN_NAME: name})
+            return self.client.create_run(self.experiment, tags={KEY: key, MLFLOW_RUN_NAME: name, **tags})
         run: Run = found[0]
         for tag, value in tags.items():
             if run.data.tags.get(tag) != value:  # a run of its own that a sweep takes in

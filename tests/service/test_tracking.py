@@ -183,3 +183,25 @@ def test_a_server_that_is_away_stops_nothing_and_gets_all_later(
     parent, children = runs(uri)
     assert history(uri, parent, "volume/math") == [(0, 12.0), (1, 13.0)]
     assert len(children) == 3
+
+
+def test_a_run_that_a_sweep_takes_in_gets_its_name_and_values(
+    config: Config, uri: str, said: list[str], outcome: Outcome
+) -> None:
+    own = tracker(config, said, outcome)
+    own.write(outcome)
+    below, name, values = ("sweep", "tiny sweep"), "tiny m=0.8", {"equilibrium.m": "0.8"}
+    Tracker(config, "key", own.folder, said.append, below=below, name=name, values=values).write(outcome)
+    sweep, (trial,) = runs_below_the_top(uri)
+    assert sweep.data.tags[MLFLOW_RUN_NAME] == "tiny sweep"
+    assert trial.data.tags[MLFLOW_RUN_NAME] == name
+    assert trial.data.params["equilibrium.m"] == "0.8"
+    assert not said
+
+
+def runs_below_the_top(uri: str) -> tuple[Run, list[Run]]:
+    """The one run without a parent, and those directly below it."""
+    client = MlflowClient(uri)
+    found = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    (top,) = [run for run in found if MLFLOW_PARENT_RUN_ID not in run.data.tags]
+    return top, [run for run in found if run.data.tags.get(MLFLOW_PARENT_RUN_ID) == top.info.run_id]
