@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -308,6 +311,38 @@ def test_a_full_disk_is_the_storages(store: Store, code: int) -> None:
     assert problem.value.where == "storage"
     assert str(store.root) in problem.value.what
     assert store.find(STAGE) is None
+
+
+FULL = """
+import sys
+from pathlib import Path
+from ideal.errors import BadInput
+from service.stages import Stage, Store
+
+store, stage = Store(Path(sys.argv[1]), print), Stage("sft", {}, {})
+def writes(count):
+    def work(folder):
+        (folder / "weights").write_bytes(bytes(count))
+        return {"bytes": count}
+    return work
+try:
+    store.run(stage, writes(4 * 2**20))
+except BadInput as problem:
+    print("refused:", problem.where, store.find(stage))
+print("recorded:", store.run(stage, writes(2**19)).result)
+"""
+
+
+def test_a_disk_of_a_megabyte_is_full_and_serves_again(tmp_path: Path) -> None:
+    """A file system of its own, in a namespace of its own; what the failed stage left there makes room for the next."""
+    room = tmp_path / "room"
+    room.mkdir()
+    inside = f'mount -t tmpfs -o size=1m none "{room}" && exec "$@"'
+    alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", inside, "sh"]
+    if not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a file system of their own")
+    done = subprocess.run([*alone, sys.executable, "-c", FULL, str(room)], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-2:] == ["refused: storage None", "recorded: {'bytes': 524288}"], done.stderr
 
 
 def test_a_clock_that_jumps_changes_neither_seconds_nor_what_is_recorded(
