@@ -55,13 +55,19 @@ def tracker(config: Config, said: list[str], outcome: Outcome) -> Tracker:
 
 def runs(uri: str) -> tuple[Run, list[Run]]:
     """The optimisation, and its iterations in their order."""
+    parent, children, count = top(uri)
+    assert len(children) == count - 1
+    return parent, sorted(children, key=lambda run: run.data.tags["ideal.key"])
+
+
+def top(uri: str) -> tuple[Run, list[Run], int]:
+    """The only run without a parent, those directly below it, and how many there are at all."""
     client = MlflowClient(uri)
     found = client.search_runs([e.experiment_id for e in client.search_experiments()])
     parents = [run for run in found if MLFLOW_PARENT_RUN_ID not in run.data.tags]
     assert len(parents) == 1
     children = [run for run in found if run.data.tags.get(MLFLOW_PARENT_RUN_ID) == parents[0].info.run_id]
-    assert len(children) == len(found) - 1
-    return parents[0], sorted(children, key=lambda run: run.data.tags["ideal.key"])
+    return parents[0], children, len(found)
 
 
 def history(uri: str, run: Run, metric: str) -> list[tuple[int, float]]:
@@ -192,16 +198,8 @@ def test_a_run_that_a_sweep_takes_in_gets_its_name_and_values(
     own.write(outcome)
     below, name, values = ("sweep", "tiny sweep"), "tiny m=0.8", {"equilibrium.m": "0.8"}
     Tracker(config, "key", own.folder, said.append, below=below, name=name, values=values).write(outcome)
-    sweep, (trial,) = runs_below_the_top(uri)
+    sweep, (trial,), _ = top(uri)
     assert sweep.data.tags[MLFLOW_RUN_NAME] == "tiny sweep"
     assert trial.data.tags[MLFLOW_RUN_NAME] == name
     assert trial.data.params["equilibrium.m"] == "0.8"
     assert not said
-
-
-def runs_below_the_top(uri: str) -> tuple[Run, list[Run]]:
-    """The one run without a parent, and those directly below it."""
-    client = MlflowClient(uri)
-    found = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    (top,) = [run for run in found if MLFLOW_PARENT_RUN_ID not in run.data.tags]
-    return top, [run for run in found if run.data.tags.get(MLFLOW_PARENT_RUN_ID) == top.info.run_id]
