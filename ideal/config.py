@@ -150,6 +150,13 @@ class EquilibriumConfig(Section):
         "macro", description="Mean over reference sets, or over their supervised tokens."
     )
     iterations: int = Field(3, ge=1, le=20, description="Updates of the mixture: 2 gives D0, D1, D2 (paper: 2).")
+    dilution: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="How far long examples take weight from the others (`balanced`): a step divides the sum of its T "
+        "tokens' gradients by T to this power. 1: a plain mean. 0.5: AdamW, where a batch is mostly noise.",
+    )
     scout: float = Field(
         1.0,
         gt=0,

@@ -1,21 +1,31 @@
 """From influences to the next mixture's volumes.
 
-Training takes v_j examples of domain j, τ_j supervised tokens each, and minimises the mean over tokens, so domain j
-has the weight w_j = v_j·τ_j / Σ_k v_k·τ_k. With a_j the influence per token (``ideal.influence``) and the number of
-steps fixed, the reference loss Q moves with the relative change β_j of a volume by
+Training takes v_j examples of domain j, τ_j supervised tokens each, so domain j has the weight w_j = v_j·τ_j / Σ_k
+v_k·τ_k among the tokens. A step sums its T tokens' gradients and divides by T^c. With a_j the influence per token
+(``ideal.influence``), ā = Σ_k w_k a_k, and the total V, so the number of steps, fixed (Σ_j v_j β_j = 0), the
+reference loss Q moves with the relative changes β of the volumes by
 
-    dQ/dβ_j = −w_j (a_j − ā),    ā = Σ_k w_k a_k,
+    dQ = −Σ_j β_j w_j (a_j − c·ā),
 
-and an *example* of domain j is worth e_j = (τ_j/τ̄)(a_j − ā) with τ̄ = Σ_k (v_k/V) τ_k. Two rules turn that into β:
+and an *example* of domain j is worth, beside the others whose place it takes,
+
+    e_j = (τ_j/τ̄)(a_j − c·ā) − (1 − c) ā,      τ̄ = Σ_k (v_k/V) τ_k,      Σ_j v_j e_j = 0.
+
+c, the *dilution*, is 1 for gradient descent on the batch's mean loss: a domain of long examples takes weight from the
+others. AdamW divides by the root of the mean squared gradient. Where a batch is mostly noise that root grows with √T,
+whatever the loss was divided by, and c is ½; `ideal fidelity` finds that to be nearer to what retraining does.
+
+Two rules turn that into β:
 
     balanced    β_j = m·e_j / max_k|e_k|                 the total is kept: Σ_j v_j e_j = 0, exactly
     paper       β_j = m·w_j·a_j / max_k|w_k·a_k|         the total grows or shrinks (IDEAL, arXiv 2505.12762)
 
-Where all domains have examples of the same length, e_j is a_j − ā. With ``normalise: mean`` the divisor is the mean
-|e_k| over the mixture's examples, so that a domain of mean worth moves by m already: divided by the largest, a small
-domain of great worth takes the whole step, and large harmful ones hardly shrink. Limits (the floor, the most copies,
-m itself) are met by projection, which keeps the total, not by clipping, which wouldn't. With ``shrink`` e_j is first
-multiplied by e_j²/(e_j² + s_j²), s_j² its variance over the bootstrap's resamples: what is mostly noise moves little.
+Where all domains have examples of the same length, e_j is a_j − ā, whatever c. With ``normalise: mean`` the divisor is
+the mean |e_k| over the mixture's examples, so that a domain of mean worth moves by m already: divided by the largest,
+a small domain of great worth takes the whole step, and large harmful ones hardly shrink. Limits (the floor, the most
+copies, m itself) are met by projection, which keeps the total, not by clipping, which wouldn't. With ``shrink`` e_j is
+first multiplied by e_j²/(e_j² + s_j²), s_j² its variance over the bootstrap's resamples: what is mostly noise moves
+little.
 """
 
 from __future__ import annotations
@@ -72,12 +82,15 @@ def token_weights(volumes: Sequence[int], tokens_per_example: Sequence[float]) -
     return np.asarray(weighted / weighted.sum())
 
 
-def values(influence: Array, volumes: Sequence[int], tokens_per_example: Sequence[float], rule: str) -> Array:
+def values(
+    influence: Array, volumes: Sequence[int], tokens_per_example: Sequence[float], rule: str, dilution: float
+) -> Array:
     """[..., M] what more of each domain is worth, up to a common factor.
 
     Args:
         influence: [..., M] a_j, per token.
-        rule: `balanced` or `paper`.
+        rule: `balanced` or `paper`; the latter knows no dilution.
+        dilution: c.
     """
     weights = token_weights(volumes, tokens_per_example)
     if rule == "paper":
@@ -85,7 +98,7 @@ def values(influence: Array, volumes: Sequence[int], tokens_per_example: Sequenc
     shares = np.asarray(volumes, float) / sum(volumes)
     lengths = weights / shares
     mean = (influence * weights).sum(-1, keepdims=True)
-    return np.asarray(lengths * (influence - mean))
+    return np.asarray(lengths * (influence - dilution * mean) - (1 - dilution) * mean)
 
 
 def update(
@@ -109,8 +122,8 @@ def update(
         m: largest relative change.
         confidence: level of the intervals.
     """
-    value = values(influence, volumes, tokens_per_example, config.rule)
-    cloud = values(resampled, volumes, tokens_per_example, config.rule)
+    value = values(influence, volumes, tokens_per_example, config.rule, config.dilution)
+    cloud = values(resampled, volumes, tokens_per_example, config.rule, config.dilution)
     tail = (1 - confidence) / 2
     low, high = np.quantile(cloud, [tail, 1 - tail], axis=0)
     right = (np.sign(cloud) == np.sign(value)).mean(0)

@@ -5,12 +5,13 @@ the same draws of the other examples, in the same order. The actual value of a d
 
     dQ_r/dβ_j ≈ (Q_r(v_j(1+δ)) − Q_r(v_j(1−δ))) / 2δ,
 
-and influence predicts it from one training, with a_jr per token, w_j the domain's share of the supervised tokens:
+and influence predicts it from one training, with a_jr per token, w_j the domain's share of the supervised tokens, and c
+the dilution (``ideal.equilibrium``):
 
     steps    the total, and so the number of steps, is kept; the other domains make room in proportion:
-             dQ_r/dβ_j = −Σ_k w_k u_k (a_kr − ā_r),     u_j = 1,  u_k = −v_j/(V − v_j)
+             dQ_r/dβ_j = −Σ_k w_k u_k (a_kr − c·ā_r),     u_j = 1,  u_k = −v_j/(V − v_j)
     epochs   the other domains stay, and training is longer by the new examples:
-             dQ_r/dβ_j = −w_j (a_jr − ā_r) − (v_j/V) ā_r
+             dQ_r/dβ_j = −w_j (a_jr − c·ā_r) − c (v_j/V) ā_r
 
 Uncentred, both are the paper's −w_j a_jr.
 """
@@ -46,21 +47,24 @@ def moved(volumes: Mapping[str, int], domain: str, change: float, mode: str) -> 
     return {**dict.fromkeys(volumes, 0), **dict(zip(others, shrunk, strict=True)), domain: own}
 
 
-def predicted(influence: Array, volumes: Mapping[str, int], tokens: list[float], mode: str, centred: bool) -> Array:
+def predicted(
+    influence: Array, volumes: Mapping[str, int], tokens: list[float], mode: str, dilution: float | None
+) -> Array:
     """[..., M, R] dQ_r/dβ_j, nats per token.
 
     Args:
         influence: [..., M, R] a_jr.
         tokens: [M] mean supervised tokens of a domain's examples.
+        dilution: c; None: uncentred.
     """
     v = np.array(list(volumes.values()), float)
     w = token_weights(list(volumes.values()), tokens)[:, None]
-    if not centred:
+    if dilution is None:
         return np.asarray(-w * influence)
-    mean = (w * influence).sum(-2, keepdims=True)
-    above = w * (influence - mean)
+    diluted = dilution * (w * influence).sum(-2, keepdims=True)
+    above = w * (influence - diluted)
     if mode == "epochs":
-        return np.asarray(-above - (v / v.sum())[:, None] * mean)
+        return np.asarray(-above - (v / v.sum())[:, None] * diluted)
     makes_room = np.eye(len(v)) - (1 - np.eye(len(v))) * (v / (v.sum() - v))[:, None]
     return np.asarray(-makes_room @ above)
 

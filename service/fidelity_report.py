@@ -21,7 +21,9 @@ from ideal.fidelity import Measure, agreement, ceiling, coverage, decided, predi
 from ideal.influence import Array
 from service.fidelity import Findings
 
-FORMS = {"centred": True, "uncentred": False}
+FORMS = {"centred": 0.5, "by tokens": 1.0, "uncentred": None}
+"""What ā is subtracted with: the dilution of AdamW, that of a plain mean, or not at all."""
+
 COLUMNS = ["pearson", "single", "spearman", "cosine", "signs", "slope"]
 SCOPES: dict[str, Callable[[Array], Array]] = {
     "matrix": np.asarray,
@@ -51,26 +53,24 @@ def summary(findings: Findings, config: Config) -> dict[str, Any]:
                 "solvers": {},
             }
             for solver in findings.tables:
-                for form, centred in FORMS.items():
-                    prediction = of(predictions(findings, solver, mode, centred))
+                for form, dilution in FORMS.items():
+                    prediction = of(predictions(findings, solver, mode, dilution))
                     measured["solvers"][f"{solver}, {form}"] = _plain(agreement(prediction, truth, config.seed))
             scopes[scope] = measured
         found["modes"][mode] = {
             **scopes,
             "actual": actual.mean(0).tolist(),
             "standard_error": (actual.std(0, ddof=1) / np.sqrt(len(actual))).tolist(),
-            "predicted": {
-                solver: predictions(findings, solver, mode, True).mean(0).tolist() for solver in findings.tables
-            },
+            "predicted": {solver: predictions(findings, solver, mode).mean(0).tolist() for solver in findings.tables},
             "coverage": {solver: covered(findings, solver, mode, config) for solver in findings.tables},
         }
     return found
 
 
-def predictions(findings: Findings, solver: str, mode: str, centred: bool) -> Array:
+def predictions(findings: Findings, solver: str, mode: str, dilution: float | None = FORMS["centred"]) -> Array:
     """[S, M, R] predicted dQ_r/dβ_j."""
     influence = np.array([table.matrix() for table in findings.tables[solver]])
-    return predicted(influence, findings.volumes, findings.tokens, mode, centred)
+    return predicted(influence, findings.volumes, findings.tokens, mode, dilution)
 
 
 def covered(findings: Findings, solver: str, mode: str, config: Config) -> dict[str, float]:
@@ -87,11 +87,11 @@ def covered(findings: Findings, solver: str, mode: str, config: Config) -> dict[
     for table in findings.tables[solver]:
         for factor, found in bounds.items():
             cloud = table.resampled(settings.resamples, config.seed, factor)
-            moves = predicted(cloud, findings.volumes, findings.tokens, mode, True)
+            moves = predicted(cloud, findings.volumes, findings.tokens, mode, FORMS["centred"])
             found.append(np.quantile(moves, [tail, 1 - tail], axis=0))
     low, high = np.array(bounds[settings.widening]).transpose(1, 0, 2, 3)
     narrow = np.array(bounds[1.0]).transpose(1, 0, 2, 3)
-    values, actual = predictions(findings, solver, mode, True), findings.actual[mode].mean(0)
+    values, actual = predictions(findings, solver, mode), findings.actual[mode].mean(0)
     truth = actual / slope(values.mean(0), actual)
     factor, held = widening(narrow[0], values, narrow[1], truth, settings.confidence)
     return {
@@ -140,7 +140,7 @@ def scatter(findings: Findings, found: dict[str, Any]) -> Figure:
     for row, mode in zip(grid, modes, strict=True):
         actual = findings.actual[mode].mean(0)
         for axes, solver in zip(row, solvers, strict=True):
-            prediction = predictions(findings, solver, mode, True).mean(0)
+            prediction = predictions(findings, solver, mode).mean(0)
             for j, domain in enumerate(findings.domains):
                 axes.scatter(prediction[j], actual[j], s=14, label=domain)
             fit = slope(prediction, actual)

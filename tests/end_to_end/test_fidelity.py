@@ -97,7 +97,7 @@ def test_the_report_is_whole(command: Command, study: Ended, found: dict[str, An
     assert {path.name for path in folder.iterdir()} == {"fidelity.json", "fidelity.md", "fidelity.png"}
     assert f"Report: {folder / 'fidelity.md'}" in study.output
     matrix = found["modes"]["steps"]["matrix"]
-    assert set(matrix["solvers"]) == {f"{s}, {form}" for s in SOLVERS for form in ("centred", "uncentred")}
+    assert set(matrix["solvers"]) == {f"{s}, {form}" for s in SOLVERS for form in ("centred", "by tokens", "uncentred")}
     best = matrix["solvers"]["exact, centred"]
     assert -1 <= best["pearson"]["low"] <= best["pearson"]["high"] <= 1
     assert best["pearson"]["value"] > 0.7

@@ -23,16 +23,17 @@ def step(influence=INFLUENCE, volumes=VOLUMES, pools=WIDE, lengths=LENGTHS, m=0.
     return update(influence, cloud, volumes, pools, lengths, config, m, 0.9)
 
 
-def test_worth_of_an_example_is_the_numerical_derivative() -> None:
-    """The mixture's gradient is a mean over tokens; at fixed steps the loss moves along it, by a per domain.
-
-    d(Σ w_k a_k)/dβ_j with w_k the token shares of volumes v_k(1+β_k) is w_j (a_j − ā), and e_j that over v_j/V.
-    """
+@pytest.mark.parametrize("dilution", [0.0, 0.5, 1.0])
+def test_worth_of_an_example_is_the_numerical_derivative(dilution: float) -> None:
+    """A step sums its T tokens' gradients and divides by T^c; the loss moves along it, by a per token of a domain."""
+    usual = sum(v * t for v, t in zip(VOLUMES, LENGTHS, strict=True)) / sum(VOLUMES)
 
     def reduction(beta: np.ndarray) -> float:
-        return float(token_weights(list(np.array(VOLUMES) * (1 + beta)), LENGTHS) @ INFLUENCE)
+        volumes = np.array(VOLUMES) * (1 + beta)
+        tokens = volumes / volumes.sum() * LENGTHS
+        return float(tokens @ INFLUENCE / tokens.sum() ** dilution * usual ** (dilution - 1))
 
-    e, shares = values(INFLUENCE, VOLUMES, LENGTHS, "balanced"), np.array(VOLUMES) / sum(VOLUMES)
+    e, shares = values(INFLUENCE, VOLUMES, LENGTHS, "balanced", dilution), np.array(VOLUMES) / sum(VOLUMES)
     for j in range(4):
         h = 1e-6 * np.eye(4)[j]
         derivative = (reduction(h) - reduction(-h)) / 2e-6
@@ -41,8 +42,9 @@ def test_worth_of_an_example_is_the_numerical_derivative() -> None:
     assert not np.allclose(e / np.abs(e).max(), centred / np.abs(centred).max(), atol=0.1), "no lengths would show"
 
 
-def test_equal_lengths_give_the_plain_centred_influence() -> None:
-    e = values(INFLUENCE, VOLUMES, [7.0] * 4, "balanced")
+@pytest.mark.parametrize("dilution", [0.0, 0.5, 1.0])
+def test_equal_lengths_give_the_plain_centred_influence(dilution: float) -> None:
+    e = values(INFLUENCE, VOLUMES, [7.0] * 4, "balanced", dilution)
     np.testing.assert_allclose(e, INFLUENCE - np.array(VOLUMES) @ INFLUENCE / sum(VOLUMES))
 
 
@@ -64,22 +66,29 @@ def test_shrunk_steps_leave_out_what_is_noise() -> None:
 
 def test_a_common_influence_moves_nothing() -> None:
     """The value of training longer has no part in it; uncentred, every domain would grow."""
-    found = step(np.full(4, 0.8) + 1e-15 * INFLUENCE)
-    assert np.abs(values(np.full(4, 0.8), VOLUMES, LENGTHS, "balanced")).max() < SMALL
+    found = step(np.full(4, 0.8) + 1e-15 * INFLUENCE, dilution=1)
+    assert np.abs(values(np.full(4, 0.8), VOLUMES, LENGTHS, "balanced", 1)).max() < SMALL
     assert sum(found.volumes) == sum(VOLUMES)
-    np.testing.assert_allclose(step(INFLUENCE + 5).beta, step().beta, atol=SMALL)
+    np.testing.assert_allclose(step(INFLUENCE + 5, dilution=1).beta, step(dilution=1).beta, atol=SMALL)
+
+
+def test_where_tokens_are_not_divided_by_their_number_long_examples_are_worth_more() -> None:
+    """Of domains whose tokens are worth the same, with steps that grow with √T: by half of what they are longer."""
+    usual = np.array(VOLUMES) @ LENGTHS / sum(VOLUMES)
+    found = values(np.full(4, 0.8), VOLUMES, LENGTHS, "balanced", 0.5)
+    np.testing.assert_allclose(found, 0.4 * (np.array(LENGTHS) / usual - 1))
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [7.0] * 4])
 def test_one_outlier_leaves_the_others_their_step(lengths: list[float]) -> None:
     """Divided by the mean, a domain of at least mean worth moves by m; the total is kept all the same."""
-    found, e = step(lengths=lengths, normalise="mean"), values(INFLUENCE, VOLUMES, lengths, "balanced")
+    found, e = step(lengths=lengths, normalise="mean"), values(INFLUENCE, VOLUMES, lengths, "balanced", 0.5)
     shares = np.array(VOLUMES) / sum(VOLUMES)
     by_hand = 0.15 * e / (shares @ np.abs(e))
     assert np.abs(by_hand).max() > 0.15, "nothing would meet its limit"
-    lost = np.array(VOLUMES) * (np.clip(by_hand, -0.15, 0.15) - found.beta)
+    lost = by_hand - found.beta
     free = np.abs(found.beta) < 0.15 - SMALL
-    np.testing.assert_allclose((lost / VOLUMES)[free], (lost / VOLUMES)[free][0], atol=1e-6)
+    np.testing.assert_allclose(lost[free], lost[free][0], atol=1e-6)
     assert np.abs(found.beta).sum() > np.abs(step(lengths=lengths).beta).sum()
     assert sum(found.volumes) == sum(VOLUMES)
 
@@ -87,7 +96,7 @@ def test_one_outlier_leaves_the_others_their_step(lengths: list[float]) -> None:
 @pytest.mark.parametrize("lengths", [LENGTHS, [7.0] * 4])
 def test_balanced_keeps_the_total(lengths: list[float]) -> None:
     found = step(lengths=lengths)
-    e = values(INFLUENCE, VOLUMES, lengths, "balanced")
+    e = values(INFLUENCE, VOLUMES, lengths, "balanced", 0.5)
     np.testing.assert_allclose(found.beta, 0.15 * e / np.abs(e).max(), atol=SMALL)
     assert abs(np.array(VOLUMES) @ found.beta) < SMALL
     assert sum(found.volumes) == sum(VOLUMES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ideal.equilibrium import token_weights
 from ideal.fidelity import MODES, agreement, ceiling, coverage, decided, moved, predicted, widening
 from ideal.influence import Array
 
@@ -22,25 +21,28 @@ def test_moves_keep_what_they_should() -> None:
     assert moved(VOLUMES, "b", -0.25, "epochs") == {"a": 40, "b": 75, "c": 60}
 
 
-def loss(volumes: Array, mode: str) -> Array:
-    """[R] of a world where a step along a domain's mean gradient lowers the losses by its a_jr."""
+def loss(volumes: Array, mode: str, dilution: float) -> Array:
+    """[R] of a world where a step sums tokens' gradients, which lower the losses by a_jr, over T^dilution."""
+    usual = np.array(list(VOLUMES.values())) @ TOKENS / sum(VOLUMES.values())
     steps = volumes.sum() / sum(VOLUMES.values()) if mode == "epochs" else 1.0
-    return np.asarray(-steps * token_weights(list(volumes), TOKENS) @ A)
+    tokens = volumes / volumes.sum() * TOKENS
+    return np.asarray(-steps * tokens @ A / tokens.sum() ** dilution * usual ** (dilution - 1))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_predictions_are_the_derivative(mode: str) -> None:
+@pytest.mark.parametrize("dilution", [0.2, 0.5, 1.0])
+def test_predictions_are_the_derivative(mode: str, dilution: float) -> None:
     v = np.array(list(VOLUMES.values()), float)
-    found = predicted(A, VOLUMES, TOKENS, mode, centred=True)
+    found = predicted(A, VOLUMES, TOKENS, mode, dilution)
     for j in range(3):
         step = np.zeros(3)
         step[j] = 1e-6 * v[j]
         if mode == "steps":
             step -= (np.arange(3) != j) * v * step[j] / (v.sum() - v[j])
-        change = (loss(v + step, mode) - loss(v - step, mode)) / 2e-6
+        change = (loss(v + step, mode, dilution) - loss(v - step, mode, dilution)) / 2e-6
         np.testing.assert_allclose(found[j], change, rtol=1e-6)
-    other = predicted(A, VOLUMES, TOKENS, "epochs" if mode == "steps" else "steps", centred=True)
-    uncentred = predicted(A, VOLUMES, TOKENS, mode, centred=False)
+    other = predicted(A, VOLUMES, TOKENS, "epochs" if mode == "steps" else "steps", dilution)
+    uncentred = predicted(A, VOLUMES, TOKENS, mode, None)
     for wrong in (other, uncentred):
         assert np.corrcoef(found.ravel(), wrong.ravel())[0, 1] < 0.99
 
