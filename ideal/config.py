@@ -72,6 +72,11 @@ class InfluenceConfig(Section):
     joint: bool = Field(
         True, description="Combine the layers' solutions anew, under the curvature of all of them together."
     )
+    span: Literal["mixed", "solver"] = Field(
+        "mixed",
+        description="What `joint` combines: `solver`: its solutions for all sets. `mixed`: its solutions for the "
+        "reference sets, and for the domains what the optimiser's own diagonal makes of their gradients.",
+    )
     averaged: float = Field(
         0.67,
         ge=0,

@@ -33,6 +33,7 @@ from ideal.solvers import (
     layer_inverse,
     needs_eigenvectors,
     needs_factors,
+    solutions,
 )
 
 
@@ -76,8 +77,12 @@ def influence_tables(
             solved = _exactly(model, layers, sums, sums_by_set, sample, own)
         else:
             solved = {
-                layer: _layer_solver(solver, layer, bases, inverses, refined, sums, settings, own).solve(
-                    sums_by_set[layer]
+                layer: solutions(
+                    _layer_solver(solver, layer, bases, inverses, refined, sums, settings, own),
+                    sums_by_set[layer],
+                    sample.domains,
+                    settings,
+                    own[layer] if coupled(solver, settings) else None,
                 )
                 for layer in layers
             }

@@ -45,6 +45,7 @@ from ideal.solvers import (
     layer_inverse,
     needs_eigenvectors,
     needs_factors,
+    solutions,
 )
 from ideal.training import DAMPING
 from service.progress import Reporter
@@ -157,12 +158,14 @@ class InfluenceActor:
         return solved
 
     def _solved(self, layer: str, solver: LayerSolver) -> Solved:
-        solved = solver.solve(self._set_sums(layer))
+        settings = self.config.influence
+        own = self._own(layer) if coupled(settings.solver, settings) else None
+        solved = solutions(solver, self._set_sums(layer), len(self.sample.volumes), settings, own)
         products = with_sets(solved, self._gradients(layer))
         damping = None
-        if coupled(self.config.influence.solver, self.config.influence):
-            damping = damping_forms(solved, self._own(layer))
-            save_file({"x": solved.to(DTYPES[self.config.influence.precision]).cpu()}, self._solutions(layer))
+        if own is not None:
+            damping = damping_forms(solved, own)
+            save_file({"x": solved.to(DTYPES[settings.precision]).cpu()}, self._solutions(layer))
         if isinstance(solver, Eigen | Divided):
             return Solved(products, solver.condition, solver.ridge, damping=damping)
         return Solved(products, damping=damping)

@@ -59,11 +59,14 @@ def gradients() -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.stack([mean_gradients(model, x) for x in sets]) for sets in (DOMAINS, REFERENCES))  # type: ignore[return-value]
 
 
-def solved_by(model: LlamaForCausalLM, solver: str, own: dict[str, torch.Tensor]) -> torch.Tensor:
+def solved_by(model: LlamaForCausalLM, solver: str, own: dict[str, torch.Tensor], span: str = "solver") -> torch.Tensor:
     """[sets, n] every set's solution, layer by layer."""
     g = torch.cat(gradients())
     if solver == "adam":
         return g / diagonal(own)
+    if span == "mixed":
+        parts = [solved_by(model, each, own) for each in ("adam", solver)]
+        return torch.cat([parts[0][: len(DOMAINS)], parts[1][len(DOMAINS) :]])
     solvers, start, parts = eigens(run(model, blocks())[0], damping=DAMPING), 0, []
     for layer, shape in sizes(model).items():
         part = g[:, start : start + shape.numel()].view(-1, *shape)
@@ -78,19 +81,21 @@ def projected(u: torch.Tensor, matrix: torch.Tensor) -> Array:
     return np.asarray((g @ u.T @ torch.linalg.solve(u @ matrix @ u.T, u @ r.T)).numpy())
 
 
-@pytest.mark.parametrize("solver", ["adam", "kfac"])
-def test_influence_is_the_projected_solve(model: LlamaForCausalLM, solver: str) -> None:
+@pytest.mark.parametrize(("solver", "span"), [("adam", "mixed"), ("kfac", "solver"), ("kfac", "mixed")])
+def test_influence_is_the_projected_solve(model: LlamaForCausalLM, solver: str, span: str) -> None:
     """All layers together: their own blocks alone would be another answer, and so would any layer-wise solver."""
     own, h = lambdas(model), dense_gauss_newton(model)
     damped = h + torch.diag(diagonal(own))
-    u = solved_by(model, solver, own)
+    u = solved_by(model, solver, own, span)
     given = {"schedule": own} if solver == "adam" else {"damping": DAMPING, "own": own}
-    found = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver=solver, joint=True, **given).matrix()  # type: ignore[arg-type]
+    found = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver=solver, joint=True, span=span, **given).matrix()  # type: ignore[arg-type]
     right = projected(u, damped)
     np.testing.assert_allclose(found, right, rtol=1e-6)
 
     blockwise = layer_by_layer(model, h)
+    other = projected(solved_by(model, "kfac", own, "mixed" if span == "solver" else "solver"), damped)
     wrong = {
+        "the other span": other,
         "plain": influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="identity").matrix(),
         "the solver alone": influence(model, DOMAINS, REFERENCES, WEIGHTS, solver=solver, **given).matrix(),  # type: ignore[arg-type]
         "layer by layer": projected(u, blockwise + torch.diag(diagonal(own))),
