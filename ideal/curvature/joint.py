@@ -1,8 +1,9 @@
 """All layers together: what layer-by-layer solutions of a few sets become under the curvature of the whole model.
 
-A solver that goes layer by layer gives x_s = M g_s for every set s, each layer's as if the others stood still. With
-U = [x_1 … x_K] of all layers, H the curvature of all tracked layers, and Λ what AdamW damps with (``ideal.solvers``),
-the system (H + Λ) x = g is solved once more within the span of U, which takes K × K numbers (a Galerkin projection):
+A solver that goes layer by layer gives x_s = M g_s for every set s, each layer's as if the others stood still; which M
+for which set, ``ideal.solvers.solutions`` says. With U = [x_1 … x_K] of all layers, H the curvature of all tracked
+layers, and Λ what AdamW damps with (``ideal.solvers``), the system (H + Λ) x = g is solved once more within the span
+of U, which takes K × K numbers (a Galerkin projection):
 
     (Uᵀ H U + Uᵀ Λ U) W = Uᵀ G,        x'_s = U w_s
 
