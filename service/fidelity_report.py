@@ -175,7 +175,8 @@ def markdown(found: dict[str, Any], config: Config) -> str:
         "",
         f"{found['seeds']} seeds; every volume moved by ±{found['change']:.0%}. In brackets: "
         "90 % bootstrap intervals over seeds; of the ceiling, the middle 90 % of halvings. `single`: Pearson of one "
-        "seed's prediction, which is what a run has.",
+        "seed's prediction, which is what a run has. `centred`: above the mixture's mean as AdamW dilutes it "
+        "(`equilibrium.dilution` 0.5); `by tokens`: as a plain mean over tokens does (1).",
         "",
     ]
     for heading, columns, rows in tables(found):
