@@ -16,13 +16,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ideal.config import Config
+from ideal.config import Config, EquilibriumConfig
 from ideal.fidelity import Measure, agreement, ceiling, coverage, decided, predicted, slope, widening
 from ideal.influence import Array
 from service.fidelity import Findings
 
-FORMS = {"centred": 0.5, "by tokens": 1.0, "uncentred": None}
-"""What ā is subtracted with: the dilution of AdamW, that of a plain mean, or not at all."""
+FORMS = {"centred": EquilibriumConfig().dilution, "by tokens": 1.0, "uncentred": None}
+"""What ā is subtracted with: the default dilution, which is AdamW's, that of a plain mean, or not at all."""
 
 COLUMNS = ["pearson", "single", "spearman", "cosine", "signs", "slope"]
 SCOPES: dict[str, Callable[[Array], Array]] = {
@@ -176,7 +176,7 @@ def markdown(found: dict[str, Any], config: Config) -> str:
         f"{found['seeds']} seeds; every volume moved by ±{found['change']:.0%}. In brackets: "
         "90 % bootstrap intervals over seeds; of the ceiling, the middle 90 % of halvings. `single`: Pearson of one "
         "seed's prediction, which is what a run has. `centred`: above the mixture's mean as AdamW dilutes it "
-        "(`equilibrium.dilution` 0.5); `by tokens`: as a plain mean over tokens does (1).",
+        f"(`equilibrium.dilution` {FORMS['centred']:g}); `by tokens`: as a plain mean over tokens does (1).",
         "",
     ]
     for heading, columns, rows in tables(found):

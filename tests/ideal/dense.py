@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
 from ideal.batches import collate
 from ideal.curvature.accumulate import Block
 from ideal.curvature.exact import Vectors
-from ideal.influence import split
+from ideal.influence import Array, split
 from ideal.model import supervised_logits
 from tests.ideal.made import MLP, example_set, full_loss
 
@@ -83,3 +84,13 @@ def layer_by_layer(model: LlamaForCausalLM, h: torch.Tensor) -> torch.Tensor:
     """[n, n] the matrix without what is between layers."""
     counts = [shape.numel() for shape in sizes(model).values()]
     return torch.block_diag(*(part.split(counts, 1)[n] for n, part in enumerate(h.split(counts))))
+
+
+def projected(g: torch.Tensor, r: torch.Tensor, u: torch.Tensor, matrix: torch.Tensor) -> Array:
+    """[domains, reference sets] G U (Uᵀ M U)⁻¹ Uᵀ R: what `joint` is by definition.
+
+    Args:
+        g, r, u: [·, n] the domains' and the reference sets' mean gradients, and the directions.
+        matrix: [n, n] M, damped.
+    """
+    return np.asarray((g @ u.T @ torch.linalg.solve(u @ matrix @ u.T, u @ r.T)).numpy())

@@ -21,7 +21,16 @@ from ideal.errors import BadInput
 from ideal.mixture import draw
 from ideal.model import load_model, materialise
 from ideal.training import AVERAGE, DAMPING, Trainer, plan, train
-from tests.ideal.dense import DOMAINS, REFERENCES, WEIGHTS, dense_gauss_newton, diagonal, lambdas, mean_gradients
+from tests.ideal.dense import (
+    DOMAINS,
+    REFERENCES,
+    WEIGHTS,
+    dense_gauss_newton,
+    diagonal,
+    lambdas,
+    mean_gradients,
+    projected,
+)
 from tests.ideal.made import example_set, full_loss, influence, llama
 from tests.tiny import make_model
 
@@ -201,10 +210,8 @@ def test_influence_over_adapters_is_the_dense_solve() -> None:
     plain = influence(*given, solver="identity", layers=layers).matrix()
     np.testing.assert_allclose(plain, (g @ r.T).numpy(), rtol=1e-6, atol=1e-9)
     assert np.corrcoef(plain.ravel(), right.ravel())[0, 1] < 0.999
-    u = torch.cat([g, r]) / diagonal(own)
     combined = influence(*given, solver="adam", own=own, layers=layers, joint=True).matrix()
-    projected = g @ u.T @ torch.linalg.solve(u @ h @ u.T, u @ r.T)
-    np.testing.assert_allclose(combined, projected.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(combined, projected(g, r, torch.cat([g, r]) / diagonal(own), h), rtol=1e-6)
 
 
 def test_a_target_that_is_no_layer_is_named(base: Path) -> None:

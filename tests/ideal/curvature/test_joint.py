@@ -21,6 +21,7 @@ from tests.ideal.dense import (
     lambdas,
     layer_by_layer,
     mean_gradients,
+    projected,
     random_vectors,
     sizes,
 )
@@ -65,8 +66,7 @@ def solved_by(model: LlamaForCausalLM, solver: str, own: dict[str, torch.Tensor]
     if solver == "adam":
         return g / diagonal(own)
     if span == "mixed":
-        parts = [solved_by(model, each, own) for each in ("adam", solver)]
-        return torch.cat([parts[0][: len(DOMAINS)], parts[1][len(DOMAINS) :]])
+        return torch.cat([solved_by(model, "adam", own)[: len(DOMAINS)], solved_by(model, solver, own)[len(DOMAINS) :]])
     solvers, start, parts = eigens(run(model, blocks())[0], damping=DAMPING), 0, []
     for layer, shape in sizes(model).items():
         part = g[:, start : start + shape.numel()].view(-1, *shape)
@@ -75,30 +75,25 @@ def solved_by(model: LlamaForCausalLM, solver: str, own: dict[str, torch.Tensor]
     return torch.cat(parts, 1)
 
 
-def projected(u: torch.Tensor, matrix: torch.Tensor) -> Array:
-    """G U (Uᵀ M U)⁻¹ Uᵀ R: the definition."""
-    g, r = gradients()
-    return np.asarray((g @ u.T @ torch.linalg.solve(u @ matrix @ u.T, u @ r.T)).numpy())
-
-
 @pytest.mark.parametrize(("solver", "span"), [("adam", "mixed"), ("kfac", "solver"), ("kfac", "mixed")])
 def test_influence_is_the_projected_solve(model: LlamaForCausalLM, solver: str, span: str) -> None:
     """All layers together: their own blocks alone would be another answer, and so would any layer-wise solver."""
     own, h = lambdas(model), dense_gauss_newton(model)
+    g, r = gradients()
     damped = h + torch.diag(diagonal(own))
     u = solved_by(model, solver, own, span)
     given = {"schedule": own} if solver == "adam" else {"damping": DAMPING, "own": own}
     found = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver=solver, joint=True, span=span, **given).matrix()  # type: ignore[arg-type]
-    right = projected(u, damped)
+    right = projected(g, r, u, damped)
     np.testing.assert_allclose(found, right, rtol=1e-6)
 
     blockwise = layer_by_layer(model, h)
-    other = projected(solved_by(model, "kfac", own, "mixed" if span == "solver" else "solver"), damped)
+    other = projected(g, r, solved_by(model, "kfac", own, "mixed" if span == "solver" else "solver"), damped)
     wrong = {
         "the other span": other,
         "plain": influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="identity").matrix(),
         "the solver alone": influence(model, DOMAINS, REFERENCES, WEIGHTS, solver=solver, **given).matrix(),  # type: ignore[arg-type]
-        "layer by layer": projected(u, blockwise + torch.diag(diagonal(own))),
+        "layer by layer": projected(g, r, u, blockwise + torch.diag(diagonal(own))),
     }
     for what, answer in wrong.items():
         scaled = answer * (answer * right).sum() / (answer * answer).sum()
