@@ -170,6 +170,12 @@ class EquilibriumConfig(Section):
         "one is then trained on all. 1: every mixture is trained on all (paper).",
     )
     m: float = Field(0.8, gt=0, lt=1, description="Largest relative change of a volume in one iteration (paper: 0.15).")
+    growth: float = Field(
+        1.0,
+        ge=1,
+        description="How many times m a volume may grow by in one iteration. A volume can't shrink by more than all of "
+        "itself, but where small domains are worth most, large ones can give them several times what they have.",
+    )
     normalise: Literal["largest", "mean"] = Field(
         "mean",
         description="Which domain moves by m: `largest`: the one of the largest influence alone (paper). `mean`: every "

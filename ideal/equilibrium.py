@@ -163,7 +163,7 @@ def limits(volumes: Sequence[int], pools: Sequence[int], config: EquilibriumConf
         raise BadInput(
             "equilibrium", "a starting volume lies outside floor and max_copies", "widen them, or change the volumes"
         )
-    return np.maximum(-m, config.floor / v - 1), np.minimum(m, most / v - 1)
+    return np.maximum(-m, config.floor / v - 1), np.minimum(config.growth * m, most / v - 1)
 
 
 def project(beta: Array, volumes: Array, low: Array, high: Array) -> Array:
