@@ -115,6 +115,16 @@ def test_limits_keep_the_total_too() -> None:
     assert sum(found.volumes) == sum(VOLUMES)
 
 
+def test_small_domains_may_grow_by_more_than_large_ones_shrink() -> None:
+    """A small domain of great worth: with `growth` it takes in one step what the large ones are to give."""
+    volumes, influence = [10, 100, 100], np.array([1.0, -0.05, -0.05])
+    held, free = (step(influence, volumes, [1000] * 3, [4.0] * 3, m=0.8, normalise="mean", growth=g) for g in (1, 5))
+    assert held.volumes == [18, 96, 96]
+    assert free.volumes == [50, 80, 80]
+    halved = step(influence, volumes, [1000] * 3, [4.0] * 3, m=0.4, normalise="mean", growth=5)
+    assert halved.volumes == [30, 90, 90], "a retreat halves growth too"
+
+
 def test_limits_hold_for_whole_volumes() -> None:
     random = np.random.default_rng(0)
     for _ in range(300):
