@@ -173,8 +173,8 @@ class EquilibriumConfig(Section):
     growth: float = Field(
         1.0,
         ge=1,
-        description="How many times m a volume may grow by in one iteration. A volume can't shrink by more than all of "
-        "itself, but where small domains are worth most, large ones can give them several times what they have.",
+        description="How many times m a volume may grow by in one iteration. With the total kept, large domains "
+        "can give no more than small ones may take: 4 lets one round go about as far as two.",
     )
     normalise: Literal["largest", "mean"] = Field(
         "mean",

@@ -22,10 +22,11 @@ Two rules turn that into β:
 
 Where all domains have examples of the same length, e_j is a_j − ā, whatever c. With ``normalise: mean`` the divisor is
 the mean |e_k| over the mixture's examples, so that a domain of mean worth moves by m already: divided by the largest,
-a small domain of great worth takes the whole step, and large harmful ones hardly shrink. Limits (the floor, the most
-copies, m itself) are met by projection, which keeps the total, not by clipping, which wouldn't. With ``shrink`` e_j is
-first multiplied by e_j²/(e_j² + s_j²), s_j² its variance over the bootstrap's resamples: what is mostly noise moves
-little.
+a small domain of great worth takes the whole step, and large harmful ones hardly shrink. A volume falls by m at most
+and rises by ``growth``·m: since the total is kept, large domains can give no more than small ones may take. Limits
+(these, the floor, the most copies) are met by projection, which keeps the total, not by clipping, which wouldn't. With
+``shrink`` e_j is first multiplied by e_j²/(e_j² + s_j²), s_j² its variance over the bootstrap's resamples: what is
+mostly noise moves little.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def update(
         volumes: [M] examples in the mixture at which the influence was computed.
         pools: [M] unique examples there are.
         tokens_per_example: [M] mean supervised tokens of a domain's examples.
-        m: largest relative change.
+        m: largest relative fall of a volume; the largest rise is ``growth`` times that.
         confidence: level of the intervals.
     """
     value = values(influence, volumes, tokens_per_example, config.rule, config.dilution)
