@@ -127,15 +127,17 @@ def run_trials(
     before = [replay(trial.config, lambda _: None) for trial in trials]
     recorded = {record.folder for outcome in before for record in outcome.records if record}
     failed: list[str] = []
-    if all(outcome.stopped for outcome in before):
+    left = [trial for trial, outcome in zip(trials, before, strict=True) if not outcome.stopped]
+    if not left:
         console.print(f"every stage of this {kind} is recorded: nothing to do")
     else:
+        running = trials if stop_behind else left  # a median is one of all trials
         with connected(trials[0].config, console) as cluster:
             lines = Queue(actor_options={"num_cpus": 0})
             listener = Thread(target=_listen, args=(lines, {t.label: t for t in trials}, trackers, console))
             listener.start()
             try:
-                failed = _tune(trials, replace(cluster, shared=concurrent > 1), lines, concurrent, stop_behind)
+                failed = _tune(running, replace(cluster, shared=concurrent > 1), lines, concurrent, stop_behind)
             finally:
                 lines.put(None)
                 listener.join()
