@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,3 +102,16 @@ def test_a_second_sweep_and_its_runs_do_no_work(command: Command, swept: Ended) 
     assert command.records() == before
     one = command("run", "--set", "equilibrium.m=0.4")
     assert "nothing to do" in one.output
+
+
+def test_only_trials_that_are_not_at_their_end_start(command: Command, swept: Ended) -> None:
+    """A lost stage of one trial, so that it has to go on."""
+    reports = [json.loads(path.read_text()) for path in (command.storage / "runs").glob("*/report.json")]
+    (last,) = [report["iterations"][-1] for report in reports if report["iterations"][-1]["m"] == 0.4]
+    shutil.rmtree(command.storage / "stages" / "benchmark" / last["stages"]["benchmark"]["fingerprint"])
+    again = command(*SWEEP)
+    assert again.status == 0, again.output
+    assert found(command)["cost"]["fresh"] == 1
+    started = [folder.name for folder in (command.storage / "sweeps" / "tune").glob("*/*") if folder.is_dir()]
+    assert len(started) == 1, started
+    assert "m=0.4" in started[0]
