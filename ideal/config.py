@@ -169,7 +169,12 @@ class EquilibriumConfig(Section):
         description="Share of its examples that a mixture is trained on while mixtures are sought; the last accepted "
         "one is then trained on all. 1: every mixture is trained on all (paper).",
     )
-    m: float = Field(0.8, gt=0, lt=1, description="Largest relative change of a volume in one iteration (paper: 0.15).")
+    m: float = Field(
+        0.8,
+        gt=0,
+        lt=1,
+        description="Largest relative change of a volume in one iteration (paper: 0.15); of a rise, times `growth`.",
+    )
     growth: float = Field(
         1.0,
         ge=1,

@@ -28,7 +28,7 @@ class Iteration:
 
     Attributes:
         number: t of D_t.
-        m: largest relative change that led to it; None for D0.
+        m: of the step that led to it; None for D0.
         accepted: whether it didn't raise the reference loss (by more than ``max_rise``).
         table, update: None where no update follows.
         method: what chose it, if it wasn't an update.
