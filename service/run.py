@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def sync(config: Config, console: Console) -> bool:
 
 
 def replay(config: Config, notice: Callable[[str], None]) -> Outcome:
-    """What the records say of a run, as far as they go."""
+    """What the records say of a run, as far as they go; ``stopped`` only if they go to its end."""
     seen: list[Outcome] = []
     nowhere = Cluster(cpus=1, gpus=0, nodes=1, sft_workers=1, sft_cpus=1, influence_workers=1)
     silent: Any = None
@@ -135,7 +136,7 @@ def replay(config: Config, notice: Callable[[str], None]) -> Outcome:
     try:
         return chosen.run()
     except Unfinished:
-        return seen[-1] if seen else Outcome(data=silent)
+        return replace(seen[-1], stopped="") if seen else Outcome(data=silent)
 
 
 def point_to(report: Path, config: Config, console: Console) -> None:
