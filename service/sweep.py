@@ -137,7 +137,7 @@ def run_trials(
             listener = Thread(target=_listen, args=(lines, {t.label: t for t in trials}, trackers, console))
             listener.start()
             try:
-                failed = _tune(running, replace(cluster, shared=concurrent > 1), lines, concurrent, stop_behind)
+                failed = _tune(key, running, replace(cluster, shared=concurrent > 1), lines, concurrent, stop_behind)
             finally:
                 lines.put(None)
                 listener.join()
@@ -169,10 +169,12 @@ def tracker_of(trial: Trial, kind: str, key: str, console: Console) -> Tracker:
     )
 
 
-def _tune(trials: list[Trial], cluster: Cluster, lines: Queue, concurrent: int, stop_behind: bool) -> list[str]:
+def _tune(
+    name: str, trials: list[Trial], cluster: Cluster, lines: Queue, concurrent: int, stop_behind: bool
+) -> list[str]:
     """Run the experiment; the labels of trials that failed."""
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial says itself what went wrong
-    folder, name = trials[0].config.root / "sweeps" / "tune", sweep_key(trials)
+    folder = trials[0].config.root / "sweeps" / "tune"
     shutil.rmtree(folder / name, ignore_errors=True)  # what counts is in the stages
     kept = engines(trials[0].config, cluster) if not cluster.gpus and fits_all([t.config for t in trials]) else []
     trainable = tune.with_parameters(
