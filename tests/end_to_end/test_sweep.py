@@ -114,4 +114,4 @@ def test_only_trials_that_are_not_at_their_end_start(command: Command, swept: En
     assert found(command)["cost"]["fresh"] == 1
     started = [folder.name for folder in (command.storage / "sweeps" / "tune").glob("*/*") if folder.is_dir()]
     assert len(started) == 1, started
-    assert "m=0.4" in started[0]
+    assert "m_0_4" in started[0]
