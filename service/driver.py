@@ -25,7 +25,13 @@ from service.stages import Stage
 
 
 class Optimisation(Mixtures):
-    """One run of the method."""
+    """One run of the method.
+
+    Attributes:
+        reason: why no further mixture is sought; the run is at its end only when the last one is scored.
+    """
+
+    reason = ""
 
     def run(self) -> Outcome:
         """Optimise the mixture.
@@ -47,12 +53,13 @@ class Optimisation(Mixtures):
                     break
                 current = following
             else:
-                self.outcome.stopped = f"all {config.iterations} iterations done"
+                self.reason = f"all {config.iterations} iterations done"
             if config.scout < 1:
                 current = self.train(current.number, current.volumes, current.m)
             self._score(current)
         finally:
             self.benchmarks.release()
+        self.outcome.stopped = self.reason
         self.happened(self.outcome)
         return self.outcome
 
@@ -71,10 +78,10 @@ class Optimisation(Mixtures):
             step = self._update(current, m)
             current.update = current.update or step
             if not step.told(config.sure):
-                self.outcome.stopped = "no domain's influence is told from 0: larger sets would be needed"
+                self.reason = "no domain's influence is told from 0: larger sets would be needed"
                 return None, m
             if step.change(list(current.volumes.values())) < config.tolerance:
-                self.outcome.stopped = f"no volume would change by {config.tolerance:.1%}"
+                self.reason = f"no volume would change by {config.tolerance:.1%}"
                 return None, m
             following = self._scout(number, dict(zip(current.volumes, step.volumes, strict=True)), m)
             if following.loss <= current.loss * (1 + config.max_rise):
@@ -83,7 +90,7 @@ class Optimisation(Mixtures):
             following.accepted = False
             self._score(following)
             m /= 2
-        self.outcome.stopped = f"the reference loss rose, down to m = {m * 2:g}: D{current.number} is kept"
+        self.reason = f"the reference loss rose, down to m = {m * 2:g}: D{current.number} is kept"
         return None, m
 
     def _update(self, current: Iteration, m: float) -> Update:

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +135,7 @@ def replay(config: Config, notice: Callable[[str], None]) -> Outcome:
     try:
         return chosen.run()
     except Unfinished:
-        return replace(seen[-1], stopped="") if seen else Outcome(data=silent)
+        return seen[-1] if seen else Outcome(data=silent)
 
 
 def point_to(report: Path, config: Config, console: Console) -> None:
