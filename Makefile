@@ -8,7 +8,7 @@ CONFIG ?= jobs/configs/quickstart.yaml
 BIN := .venv/bin
 COMPLETE := .venv/.complete-$(ACCELERATOR)
 
-.PHONY: help run test test-slow check lint format install lock clean
+.PHONY: help run test test-slow check lint format install install-dev lock clean
 .DEFAULT_GOAL := help
 
 help: ## say what there is
@@ -21,9 +21,9 @@ test: $(COMPLETE)-dev ## install, then run the tests, two files at a time
 	@$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(COMPLETE)-dev ## the tests that take minutes each
-	@$(BIN)/pytest -m slow $(ARGS)
+	@$(BIN)/pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-check: lint test ## everything that CI runs
+check: lint test ## formatting, lint, types and the tests; CI runs the slow tests too
 
 lint: $(COMPLETE)-dev ## formatting, lint, types, the import contract
 	@$(BIN)/ruff format --check .
@@ -37,8 +37,10 @@ format: $(COMPLETE)-dev ## format and mend what can be mended
 
 install: $(COMPLETE) ## install what a run needs into .venv
 
+install-dev: $(COMPLETE)-dev ## and what tests and checks need
+
 lock: $(COMPLETE) ## make deploy/locks/ again from pyproject.toml
-	@for kind in cpu gpu dev; do $(BIN)/python deploy/locks/lock.py $$kind || exit; done
+	@$(BIN)/pip install --quiet --disable-pip-version-check uv && UV=$(BIN)/uv deploy/locks/lock.sh
 
 clean: ## remove .venv and caches; runs and their records stay
 	@rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -60,28 +60,31 @@ fi
 rm -f .venv/.complete-*
 mkdir -p .venv/tmp && : >"$log"
 export TMPDIR=$PWD/.venv/tmp PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_USE_PEP517=1
-# Exactly the lock: nothing resolved, and what comes as source is built with the lock's own setuptools.
+# Exactly the lock: nothing resolved, every file by its hash, and what comes as source is built with the lock's setuptools.
 install=(install --no-deps --no-build-isolation --no-compile)
-pinned() { grep -E "^$1==" "$lock"; }
+# locked OPTIONS PATTERN: installs the lock's lines that grep finds so.
+locked() {
+    grep "$@" "$lock" >.venv/tmp/locked.txt
+    pip "${install[@]}" --require-hashes -r .venv/tmp/locked.txt
+}
 
 echo "$doing $(grep -c == "$lock") packages ($ACCELERATOR) in .venv (about $minutes) …"
-pip "${install[@]}" --retries 1 "$(pinned setuptools)" ||
-    fail "pip can't get $(pinned setuptools) from its package index: check the network, the proxy (https_proxy)" \
-        "or the mirror (PIP_INDEX_URL); pip's words are in $log"
+PIP_RETRIES=1 locked '^setuptools==' ||
+    fail "pip can't get $(grep -oE '^setuptools==[^ ]+' "$lock") from its package index: check the network, the proxy" \
+        "(https_proxy) or the mirror (PIP_INDEX_URL); pip's words are in $log"
 
 if [ "$ACCELERATOR" = cpu ]; then
-    # Some machines carry PyTorch's CPU build in pip's own settings; the others get it from PyTorch.
-    torch=$(pinned torch)
+    # Some machines carry PyTorch's CPU build in pip's own settings; the others get it from PyTorch, whose index has hashes.
+    torch=$(sed -n 's/^ *"\(torch==.*\)",$/\1+cpu/p' pyproject.toml)
     pip "${install[@]}" --retries 1 "$torch" || pip "${install[@]}" --extra-index-url "$pytorch_index" "$torch" ||
         fail "pip finds $torch neither by its own settings nor at $pytorch_index: allow that address, or" \
             "put the wheel in a folder and set PIP_FIND_LINKS to it; pip's words are in $log"
 fi
-grep -v '^pycosat==' "$lock" >.venv/tmp/lock.txt
-pip "${install[@]}" -r .venv/tmp/lock.txt || fail "pip failed: $(last_error) (all of it in $log)"
+locked -v '^pycosat==' || fail "pip failed: $(last_error) (all of it in $log)"
 
 # pycosat has no wheels. One reasoning-gym task (zebra_puzzles) calls it, but all of reasoning-gym imports it.
 site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
-if ! pip "${install[@]}" "$(pinned pycosat)"; then
+if ! locked '^pycosat=='; then
     echo "  pycosat didn't build (no C compiler?): all but reasoning-gym's zebra_puzzles works without it"
     cat >"$site/pycosat.py" <<'STAND_IN'
 def itersolve(*args, **kwargs):
@@ -92,7 +95,7 @@ fi
 
 if [ "${1:-}" = dev ]; then
     echo "Installing $(grep -c == deploy/locks/dev.txt) packages for tests and checks …"
-    pip "${install[@]}" -r deploy/locks/dev.txt || fail "pip failed: $(last_error) (all of it in $log)"
+    pip "${install[@]}" --require-hashes -r deploy/locks/dev.txt || fail "pip failed: $(last_error) (all of it in $log)"
 fi
 pip "${install[@]}" -e . || fail "pip can't install this project: $(last_error) (all of it in $log)"
 .venv/bin/python -m compileall -qq -j 0 "$site" >>"$log" 2>&1 || true # some packages carry Python 2 templates

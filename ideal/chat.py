@@ -8,15 +8,22 @@ the border. Supervised are the answer's tokens and the end token behind it; noth
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from ideal.errors import BadInput
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Message = dict[str, str]
+ROLES = ("system", "user", "assistant")
+PATIENCE = 120.0
+"""Seconds for a template to write two lines; nested loops in one can take longer than anybody waits."""
 
 
 class Unusable(Exception):
@@ -51,6 +58,7 @@ class ChatEncoder:
         added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = set(tokenizer.all_special_ids) | set(added)
         self._special_text = sorted({*map(str, tokenizer.all_special_tokens), *added.values()} - {""})
+        self._too_long = f"longer than max_tokens ({max_tokens})"
         self._check_template()
 
     def encode(self, messages: list[Message]) -> Example:
@@ -63,6 +71,8 @@ class ChatEncoder:
             Unusable: empty, malformed, too long, or without anything to learn.
         """
         _check(messages, self._special_text)
+        if len(messages) > self.max_tokens:  # each takes a token or more, and the template as long as all before it
+            raise Unusable(self._too_long)
         ids: list[int] = []
         supervised: list[bool] = []
         done = ""
@@ -73,6 +83,8 @@ class ChatEncoder:
                 prompt, answered = self._render(messages[:turn], ask=True), self._render(messages[: turn + 1])
             except TemplateError:  # roles in another order than it knows, or a system message
                 raise Unusable("the chat template refuses it") from None
+            except Exception as error:  # a template can raise anything, and its row is to blame, not the run
+                raise Unusable(f"the chat template fails on it ({type(error).__name__})") from None
             if not (prompt.startswith(done) and answered.startswith(prompt)):
                 raise Unusable("the chat template rewrites earlier turns")
             before, answer = self._ids(prompt[len(done) :]), self._ids(answered[len(prompt) :])
@@ -80,8 +92,8 @@ class ChatEncoder:
             ids += before + answer
             supervised += [False] * len(before) + [i <= end for i in range(len(answer))]
             done = answered
-        if len(ids) > self.max_tokens:
-            raise Unusable(f"longer than max_tokens ({self.max_tokens})")
+            if len(ids) > self.max_tokens:
+                raise Unusable(self._too_long)
         if not any(supervised[1:]):
             raise Unusable("no supervised token")
         return Example(ids, supervised, "\n".join(m["content"] for m in messages if m["role"] == "user"))
@@ -91,7 +103,10 @@ class ChatEncoder:
         return str(text)
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        try:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        except Exception as error:  # tokenizers have no error of their own
+            raise Unusable(f"the tokenizer fails on it ({type(error).__name__})") from None
 
     def _end(self, answer: list[int], text: str, content: str) -> int:
         """Position of the end token: the first special token behind the answer's content, wherever that begins."""
@@ -104,7 +119,11 @@ class ChatEncoder:
         question: list[Message] = [{"role": "user", "content": "Are you there?"}]
         answer: list[Message] = [{"role": "assistant", "content": "Yes."}]
         try:
-            prompt, answered = self._render(question, ask=True), self._render(question + answer)
+            prompt, answered = _in_time(lambda: (self._render(question, ask=True), self._render(question + answer)))
+        except TimeoutError:
+            raise BadInput(
+                "model.source", f"its chat template takes more than {PATIENCE:.0f} s for two lines", "mend the template"
+            ) from None
         except Exception as error:  # Jinja raises whatever the template's author chose
             raise BadInput("model.source", f"its chat template fails: {error}", "mend the template") from None
         tail = self._ids(answered[len(prompt) :].partition("Yes.")[2])
@@ -122,16 +141,46 @@ class ChatEncoder:
             )
 
 
+def _in_time(work: Callable[[], tuple[str, str]]) -> tuple[str, str]:
+    """What some work gives, in ``PATIENCE`` seconds.
+
+    Raises:
+        TimeoutError: it takes longer; it goes on in a thread that doesn't keep the process from ending.
+    """
+    found: list[tuple[str, str] | Exception] = []
+
+    def keep() -> None:
+        try:
+            found.append(work())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    if not found:
+        raise TimeoutError
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
 def _check(messages: list[Message], special: list[str]) -> None:
     if not messages:
         raise Unusable("empty")
     for message in messages:
         content = message.get("content")
-        if message.get("role") not in ("system", "user", "assistant") or not isinstance(content, str):
-            raise Unusable("malformed")
+        if message.get("role") not in ROLES:
+            raise Unusable(f"malformed: a role that is none of {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise Unusable("malformed: content that is no text")
         if not content.strip() and message["role"] != "system":
             raise Unusable("empty")
+        if any("\ud800" <= letter <= "\udfff" for letter in content):
+            raise Unusable("half a character (a lone surrogate)")
         if any(token in content for token in special):
             raise Unusable("contains the template's own special tokens")
     if not any(m["role"] == "assistant" for m in messages):
         raise Unusable("no supervised token")
+    if next(m["role"] for m in messages if m["role"] != "system") == "assistant":
+        raise Unusable("an assistant opens it")

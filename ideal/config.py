@@ -19,6 +19,9 @@ from pydantic import Field, model_validator
 from ideal.config_inputs import BenchmarkConfig, DomainConfig, ModelConfig, Name, Options, PositiveInt, Section
 
 Solver = Literal["identity", "adam", "kfac", "ekfac", "exact"]
+Decided = Literal["bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp32"]
+"""Of arithmetic; `auto` is decided by the hardware (``ideal.precision``) before anything depends on it."""
 
 
 class LoraConfig(Section):
@@ -36,7 +39,7 @@ class LoraConfig(Section):
 class SftConfig(Section):
     """Supervised fine-tuning: AdamW, linear warm-up, then decay."""
 
-    epochs: float = Field(1.0, gt=0, description="Passes over the mixture (paper: 1 and 3).")
+    epochs: float = Field(1.0, gt=0, le=1000, description="Passes over the mixture (paper: 1 and 3).")
     learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate (paper: 1e-5).")
     batch_examples: PositiveInt = Field(64, description="Examples in a step, over all workers.")
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps with rising learning rate.")
@@ -46,8 +49,10 @@ class SftConfig(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment (PyTorch's default).")
     beta2: float = Field(0.99, ge=0, lt=1, description="AdamW's second moment; short runs need less than 0.999.")
     clip_norm: float = Field(1.0, gt=0, description="Largest norm of the whole gradient.")
-    precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="Arithmetic of forward and backward; master weights and moments are always fp32."
+    precision: Precision = Field(
+        "auto",
+        description="Arithmetic of forward and backward, and of the benchmarks' engine; `auto`: bf16 where the "
+        "processor or GPU has it natively, else fp32. Master weights and moments are always fp32.",
     )
     lora: LoraConfig | None = Field(
         None,
@@ -87,15 +92,10 @@ class InfluenceConfig(Section):
     fisher: Literal["sampled", "empirical"] = Field(
         "sampled", description="Labels of the factors' gradients: drawn from the model, or the data's."
     )
-    positions: float = Field(
-        0.0,
-        ge=0,
-        description="Positions that a factor is made of, as a multiple of its width, drawn; 0: all there are.",
-    )
     damping: Annotated[float, Field(gt=0)] | Literal["schedule"] = Field(
         1.0,
         description="λ as a multiple of a layer's mean eigenvalue, or `schedule`: what AdamW's own steps damp with, "
-        "(√v̂ + ε) / (sum of learning rates).",
+        "(√v̂ + ε) / (sum of learning rates, each times what clipping left of its gradient).",
     )
     divided: bool = Field(
         True,
@@ -111,7 +111,7 @@ class InfluenceConfig(Section):
     )
     residual: float = Field(0.05, gt=0, lt=1, description="Relative residual at which `exact` is content.")
     layers: list[str] = Field(
-        ["*.mlp.*"], description="Patterns of tracked linear layers; never embeddings or the head."
+        ["*.mlp.*"], min_length=1, description="Patterns of tracked linear layers; never embeddings or the head."
     )
     examples: PositiveInt = Field(
         256, description="Training examples of each domain in the sample for gradients and factors."
@@ -124,8 +124,8 @@ class InfluenceConfig(Section):
         gt=0,
         description="Of the bootstrap's intervals, which know of sampling only; `ideal fidelity` says what they lack.",
     )
-    precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="Arithmetic of the model's passes; products and sums are always fp32."
+    precision: Precision = Field(
+        "auto", description="Arithmetic of the model's passes, as SFT's; products and sums are always fp32."
     )
 
     sample: Literal["first", "next"] = Field(
@@ -162,13 +162,6 @@ class EquilibriumConfig(Section):
         description="How far long examples take weight from the others (`balanced`): a step divides the sum of its T "
         "tokens' gradients by T to this power. 1: a plain mean. 0.5: AdamW, where a batch is mostly noise.",
     )
-    scout: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Share of its examples that a mixture is trained on while mixtures are sought; the last accepted "
-        "one is then trained on all. 1: every mixture is trained on all (paper).",
-    )
     m: float = Field(
         0.8,
         gt=0,
@@ -190,11 +183,9 @@ class EquilibriumConfig(Section):
         0.75,
         ge=0.5,
         le=1,
-        description="A run goes on while some domain's influence has one sign in at least this share of the "
-        "resamples. A wrong step is taken back (`max_rise`); a run that stops too early gains nothing.",
-    )
-    shrink: bool = Field(
-        False, description="Domains whose influence is uncertain move less: by e²/(e² + variance over the resamples)."
+        description="A run goes on while some domain is worth more or less than the others with this confidence, their "
+        "number allowed for; of influences that are noise alone 1 - `sure` go on. The best mixture is kept, so a "
+        "step too many costs time, and a run that stops too early gains nothing.",
     )
     floor: int = Field(1, ge=1, description="Smallest volume of a domain, in examples.")
     max_copies: float = Field(4.0, ge=1, description="Most copies of one example in a mixture.")
@@ -215,15 +206,23 @@ class MethodsConfig(Section):
     concentration: float = Field(
         1.0,
         gt=0,
-        description="Of random mixtures about D0 (`random`, `regmix`, `merge`): their Dirichlet parameters sum to this "
+        description="Of random mixtures about D0 (`random`, `merge`): their Dirichlet parameters sum to this "
         "times the number of domains.",
     )
     doremi_rate: float = Field(1.0, gt=0, description="DoReMi's η (its paper: 1).")
     doremi_smoothing: float = Field(1e-3, ge=0, lt=1, description="DoReMi's ε (its code: 1e-3).")
-    doge_step: float = Field(0.05, gt=0, description="DOGE's step: SFT's peak learning rate divided by its μ.")
+    doge_drive: float = Field(
+        60.0,
+        gt=0,
+        description="DOGE's step: the sum of the proxy's learning rates divided by μ (its code: 60 with targets apart "
+        "from the domains, of 10,000 steps).",
+    )
     merge_candidates: int = Field(32, ge=2, description="Mixtures that `merge` evaluates.")
     regmix_runs: int = Field(32, ge=8, description="Short trainings that `regmix` learns from.")
     regmix_share: float = Field(0.25, gt=0, le=1, description="Of the total volume, that each of them has.")
+    regmix_regressor: Literal["lightgbm", "ridge"] = Field(
+        "lightgbm", description="What `regmix` fits to them: `lightgbm` (its code); `ridge` on shares and their roots."
+    )
 
 
 class FidelityConfig(Section):
@@ -314,13 +313,23 @@ class Config(Section):
     sft: SftConfig = Field(SftConfig(), description="Fine-tuning.")
     influence: InfluenceConfig = Field(InfluenceConfig(), description="Influence functions.")
     equilibrium: EquilibriumConfig = Field(EquilibriumConfig(), description="The update of the mixture.")
-    method: Literal["equilibrium", "joint", "uniform", "specific", "random", "doremi", "doge", "merge", "regmix"] = (
-        Field("equilibrium", description="Way to choose the mixture: this project's own, or one to compare it with.")
-    )
+    method: Literal[
+        "equilibrium",
+        "joint",
+        "base",
+        "uniform",
+        "leave_one_out",
+        "specific",
+        "random",
+        "doremi",
+        "doge",
+        "merge",
+        "regmix",
+    ] = Field("equilibrium", description="Way to choose the mixture: this project's own, or one to compare it with.")
     methods: MethodsConfig = Field(MethodsConfig(), description="Settings of the other methods.")
     fidelity: FidelityConfig = Field(FidelityConfig(), description="How far influence can be trusted.")
     allow_code_execution: bool = Field(
-        False, description="Let benchmarks run model-written code, in a limited process."
+        False, description="Let benchmarks run model-written code, in the sandbox, and code in `include` folders, here."
     )
     max_rejected: float = Field(0.05, ge=0, le=1, description="Largest share of a source's rows that may be unusable.")
     resources: ResourcesConfig = Field(ResourcesConfig(), description="Where and how fast.")
@@ -360,6 +369,8 @@ class Config(Section):
     def _compared_solvers_are_valid(self) -> Config:
         for name in self.fidelity.solvers:
             self.compared(name)
+            if self.fidelity.solvers[name].get("precision") == "auto":
+                raise ValueError(f"fidelity.solvers.{name}: leave `precision: auto` to the section `influence`")
         return self
 
     @model_validator(mode="after")
@@ -386,10 +397,33 @@ class Config(Section):
         """The influence section of one of the solvers that `ideal fidelity` compares."""
         return InfluenceConfig.model_validate({**self.influence.model_dump(), **self.fidelity.solvers[name]})
 
+    @property
+    def undecided(self) -> bool:
+        """Whether a precision is still `auto`: then nothing can be computed, or named by a fingerprint."""
+        return "auto" in (self.sft.precision, self.influence.precision)
+
+    def decided(self, precision: Decided) -> Config:
+        """The config with this precision wherever it says `auto`."""
+
+        def of(section: Any) -> Any:
+            return section.model_copy(update={"precision": precision}) if section.precision == "auto" else section
+
+        return self.model_copy(update={"sft": of(self.sft), "influence": of(self.influence)})
+
     @model_validator(mode="after")
     def _no_secret_is_in_the_storages_url(self) -> Config:
         if self.is_remote and urlparse(self.storage).username is not None:
             raise ValueError("storage: a URL holds no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        return self
+
+    @model_validator(mode="after")
+    def _storage_is_a_place(self) -> Config:
+        try:
+            root = self.root
+        except RuntimeError as error:  # a home folder of nobody
+            raise ValueError(f"storage: {error}") from None
+        if root.exists() and not root.is_dir():
+            raise ValueError(f"storage: {root} is no folder")
         return self
 
     @property

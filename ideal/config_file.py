@@ -18,6 +18,7 @@ from ideal.config import Config
 from ideal.config_inputs import Section, Source
 from ideal.errors import BadInput
 from ideal.roots import stay_inside
+from ideal.yaml_file import tree_of
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -34,7 +35,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(str(path), f"can't be read ({error})", "name a YAML config file") from None
     try:
-        tree = yaml.safe_load(text)
+        tree = tree_of(text)
     except yaml.YAMLError as error:
         raise BadInput(str(path), f"is not YAML: {' '.join(str(error).split())}", "mend the line named") from None
     if not isinstance(tree, dict):
@@ -88,7 +89,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     *parents, leaf = key.strip().split(".")
     node: Any = tree
     try:
-        parsed = yaml.safe_load(value)
+        parsed = tree_of(value)
         for part in parents:
             if isinstance(node, list):
                 node = _item(node, part)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
 PositiveInt = Annotated[int, Field(gt=0)]
+LARGEST = 1_000_000_000
+"""Of any number in a config."""
 
 
 def _json(value: dict[str, Any]) -> dict[str, Any]:
@@ -30,6 +33,13 @@ Options = Annotated[dict[str, Any], AfterValidator(_json)]
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
+    @model_validator(mode="after")
+    def _numbers_are_of_this_world(self) -> Self:
+        for name, value in self:
+            if isinstance(value, int | float) and abs(value) > LARGEST:
+                raise ValueError(f"{name}: more than {LARGEST:,}")
+        return self
+
 
 class Source(Section):
     """Where rows come from: exactly one of `reasoning_gym`, `files` or `hub`."""
@@ -41,7 +51,9 @@ class Source(Section):
     )
     seed: int = Field(0, description="reasoning-gym makes item i from the number seed + i: `size` seeds are used.")
     files: list[str] | None = Field(
-        None, description="Local .jsonl, .json or .parquet paths (globs allowed), relative to the config file."
+        None,
+        description="Local .jsonl, .ndjson, .json or .parquet paths (globs allowed), packed by gzip (.gz) or zstd "
+        "(.zst) or not, relative to the config file. Text is UTF-8.",
     )
     hub: str | None = Field(None, description="Hub dataset id, e.g. openai/gsm8k.")
     subset: str | None = Field(None, description="Hub dataset's configuration name.")
@@ -110,6 +122,12 @@ class ModelConfig(Section):
     max_tokens: PositiveInt = Field(
         1024, description="Longest example, in tokens; longer ones are counted as rejected, never cut."
     )
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether its source is a hub id."""
+        path = Path(self.source)
+        return self.source not in ("smollm2", "made") and not (path.is_absolute() or path.is_dir())
 
     @model_validator(mode="after")
     def _made_where_asked(self) -> ModelConfig:

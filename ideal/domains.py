@@ -11,9 +11,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ideal.chat import ChatEncoder, Example, Message, Unusable
 from ideal.config import Config
@@ -24,6 +27,9 @@ from ideal.sources import messages, rows
 
 SHOWN = 20
 """Rejected rows that are reported one by one, for each source."""
+
+KEY = 16
+"""Bytes of a question's fingerprint."""
 
 
 @dataclass
@@ -52,6 +58,22 @@ class Account:
 
 
 @dataclass
+class Encoded:
+    """A source's usable rows.
+
+    Attributes:
+        questions: [n, 16] bytes; what each example asks, as a fingerprint that held-out questions are found by.
+        chats: the examples as messages.
+        account: rows, used, rejected by reason, overlapping.
+    """
+
+    examples: ExampleSet
+    questions: npt.NDArray[np.uint8]
+    chats: list[list[Message]]
+    account: dict[str, Any]
+
+
+@dataclass
 class Domain:
     """A capability, ready to be mixed: its pool of training examples and its reference set.
 
@@ -67,55 +89,107 @@ class Domain:
     account: dict[str, Any]
 
 
-def prepare(
-    config: Config,
-    encoder: ChatEncoder,
-    benchmark_texts: Iterable[str],
-    progress: Callable[[str, int, int], None] = lambda message, done, total: None,
-) -> list[Domain]:
+def prepare(config: Config, encoder: ChatEncoder, benchmark_texts: Iterable[str]) -> list[Domain]:
     """Read, encode and check every domain.
 
     Args:
         benchmark_texts: questions of all benchmark items; equal training examples are removed.
+
+    Raises:
+        BadInput: a source can't be read, or has too many unusable rows, or a domain has no example left.
+    """
+    read = dict(encoded(config, encoder))
+    check_rejected({name: accounts(*parts) for name, parts in read.items()}, config.max_rejected)
+    held = held_out(benchmark_texts, [reference.questions for _, reference in read.values()])
+    domains = []
+    for name, (train, reference) in read.items():
+        kept = unasked(name, train.questions, held)
+        chats = [chat for chat, keep in zip(train.chats, kept, strict=True) if keep]
+        account = accounts(train, reference)
+        account["train"] |= removed(kept)
+        domains.append(Domain(name, train.examples.where(kept), reference.examples, chats, account))
+    return domains
+
+
+def encoded(
+    config: Config,
+    encoder: ChatEncoder,
+    progress: Callable[[str, int, int], None] = lambda message, done, total: None,
+) -> Iterator[tuple[str, tuple[Encoded, Encoded]]]:
+    """Read and encode every domain; yields its name, its training rows and its reference set.
+
+    Args:
         progress: told (domain, domains done, domains in all).
 
     Raises:
-        BadInput: a source can't be read, or has too many unusable rows.
+        BadInput: a source can't be read, or has no rows.
     """
-    references: dict[str, list[Example]] = {}
-    accounts: dict[str, Account] = {}
-    for domain in config.domains:
-        where = f"domains.{domain.name}.reference"
-        accounts[where] = Account()
-        read = _encode(domain.reference, where, encoder, accounts[where], config.max_rejected)
-        references[domain.name] = [example for example, _ in read]
-    held_out = {_key(text) for text in benchmark_texts}
-    held_out |= {_key(example.prompt) for examples in references.values() for example in examples}
-    held_out.discard(_key(""))
-
-    domains = []
     for number, domain in enumerate(config.domains):
         progress(domain.name, number, len(config.domains))
-        where = f"domains.{domain.name}.train"
-        account = accounts[where] = Account()
-        read = _encode(domain.train, where, encoder, account, config.max_rejected)
-        pool = [(example, chat) for example, chat in read if _key(example.prompt) not in held_out]
-        account.overlapping, account.used = len(read) - len(pool), len(pool)
-        if not pool:
-            raise BadInput(where, "holds nothing that isn't in a reference set or benchmark too", "give other rows")
-        domains.append(
-            Domain(
-                domain.name,
-                ExampleSet.of([example for example, _ in pool]),
-                ExampleSet.of(references[domain.name]),
-                [chat for _, chat in pool],
-                {
-                    "train": account.as_dict(),
-                    "reference": accounts[f"domains.{domain.name}.reference"].as_dict(),
-                },
-            )
+        reference = _encode(domain.reference, f"domains.{domain.name}.reference", encoder)
+        yield domain.name, (_encode(domain.train, f"domains.{domain.name}.train", encoder), reference)
+
+
+def accounts(train: Encoded, reference: Encoded) -> dict[str, Any]:
+    """What became of both sources' rows."""
+    return {"train": dict(train.account), "reference": dict(reference.account)}
+
+
+def check_rejected(found: Mapping[str, Mapping[str, Any]], most: float) -> None:
+    """Check that no source has too many unusable rows.
+
+    Args:
+        found: by domain, the accounts of its `train` and its `reference`.
+        most: the largest share of a source's rows.
+
+    Raises:
+        BadInput: one has; with the first of them.
+    """
+    for name, parts in found.items():
+        for part in ("reference", "train"):
+            rows_, rejected = parts[part]["rows"], sum(parts[part]["rejected"].values())
+            if rejected > most * rows_:
+                listed = "\n    ".join(parts[part]["rejected_rows"][:5])
+                raise BadInput(
+                    f"domains.{name}.{part}",
+                    f"{rejected} of {rows_} rows can't be used, more than max_rejected ({most:.0%}); "
+                    f"first:\n    {listed}",
+                    "mend the rows, map their columns with `fields`, or raise max_rejected",
+                )
+
+
+def held_out(benchmark_texts: Iterable[str], references: Iterable[npt.NDArray[np.uint8]]) -> set[bytes]:
+    """Fingerprints of all questions that no training example may ask.
+
+    Args:
+        references: [n, 16] those of each reference set.
+    """
+    found = {_key(text) for text in benchmark_texts}
+    found.update(bytes(row) for questions in references for row in questions)
+    found.discard(_key(""))
+    return found
+
+
+def unasked(name: str, questions: npt.NDArray[np.uint8], held: set[bytes]) -> npt.NDArray[np.bool_]:
+    """[n] whether each of a domain's training examples stays.
+
+    Args:
+        questions: [n, 16] their fingerprints.
+
+    Raises:
+        BadInput: none does.
+    """
+    kept = np.array([bytes(row) not in held for row in questions], bool)
+    if not kept.any():
+        raise BadInput(
+            f"domains.{name}.train", "holds nothing that isn't in a reference set or benchmark too", "give other rows"
         )
-    return domains
+    return kept
+
+
+def removed(kept: npt.NDArray[np.bool_]) -> dict[str, int]:
+    """The part of a training source's account that says what was held out."""
+    return {"used": int(kept.sum()), "overlapping": int((~kept).sum())}
 
 
 def starting_volumes(config: Config, found: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
@@ -148,32 +222,23 @@ def starting_volumes(config: Config, found: Mapping[str, Mapping[str, Any]]) -> 
     return volumes
 
 
-def _encode(
-    source: Source, where: str, encoder: ChatEncoder, account: Account, max_rejected: float
-) -> list[tuple[Example, list[Message]]]:
-    examples = []
+def _encode(source: Source, where: str, encoder: ChatEncoder) -> Encoded:
+    account, examples, chats = Account(), list[Example](), list[list[Message]]()
     for place, row in rows(source, where):
         account.rows += 1
         try:
-            chat = messages(row, source, where)
-            examples.append((encoder.encode(chat), chat))
+            chat = messages(row, source)
+            examples.append(encoder.encode(chat))
+            chats.append(chat)
         except Unusable as reason:
             account.reject(place, str(reason))
     account.used = len(examples)
-    bad = account.rows - account.used
     if not account.rows:
         raise BadInput(where, "has no rows", "check the source")
-    if bad > max_rejected * account.rows:
-        listed = "\n    ".join(account.examples[:5])
-        raise BadInput(
-            where,
-            f"{bad} of {account.rows} rows can't be used, more than max_rejected ({max_rejected:.0%}); "
-            f"first:\n    {listed}",
-            "mend the rows, map their columns with `fields`, or raise max_rejected",
-        )
-    return examples
+    questions = np.frombuffer(b"".join(_key(example.prompt) for example in examples), np.uint8).reshape(-1, KEY)
+    return Encoded(ExampleSet.of(examples), questions, chats, account.as_dict())
 
 
 def _key(text: str) -> bytes:
     """A question's fingerprint: its words in lower case."""
-    return hashlib.blake2b(" ".join(re.findall(r"\w+|[^\w\s]", text.lower())).encode(), digest_size=16).digest()
+    return hashlib.blake2b(" ".join(re.findall(r"\w+|[^\w\s]", text.lower())).encode(), digest_size=KEY).digest()

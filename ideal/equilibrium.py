@@ -15,18 +15,22 @@ c, the *dilution*, is 1 for gradient descent on the batch's mean loss: a domain 
 others. AdamW divides by the root of the mean squared gradient. Where a batch is mostly noise that root grows with √T,
 whatever the loss was divided by, and c is ½; `ideal fidelity` finds that to be nearer to what retraining does.
 
+That root also grows faster with tokens whose gradients are large. With ρ_j the mean squared gradient of domain j's
+tokens over that of the mixture's, weight by weight, and x the direction along which a reference loss falls
+(``ideal.influence``), more of domain j divides all others' share by more than the mean domain does, by
+
+    δ_j = ⟨x, ρ_j ∘ ḡ⟩ − ā,      Σ_j w_j δ_j = 0:      ā + δ_j takes the place of the ā that c multiplies.
+
 Two rules turn that into β:
 
     balanced    β_j = m·e_j / max_k|e_k|                 the total is kept: Σ_j v_j e_j = 0, exactly
     paper       β_j = m·w_j·a_j / max_k|w_k·a_k|         the total grows or shrinks (IDEAL, arXiv 2505.12762)
 
-Where all domains have examples of the same length, e_j is a_j − ā, whatever c. With ``normalise: mean`` the divisor is
-the mean |e_k| over the mixture's examples, so that a domain of mean worth moves by m already: divided by the largest,
-a small domain of great worth takes the whole step, and large harmful ones hardly shrink. A volume falls by m at most
-and rises by ``growth``·m: since the total is kept, large domains can give no more than small ones may take. Limits
-(these, the floor, the most copies) are met by projection, which keeps the total, not by clipping, which wouldn't. With
-``shrink`` e_j is first multiplied by e_j²/(e_j² + s_j²), s_j² its variance over the bootstrap's resamples: what is
-mostly noise moves little.
+Where all domains have examples of the same length and δ = 0, e_j is a_j − ā, whatever c. With ``normalise: mean`` the
+divisor is the mean |e_k| over the mixture's examples, so that a domain of mean worth moves by m already: divided by the
+largest, a small domain of great worth takes the whole step, and large harmful ones hardly shrink. A volume falls by m
+at most and rises by ``growth``·m: since the total is kept, large domains can give no more than small ones may take. The
+limits (these, the floor, the most copies) are met by projection, which keeps the total, and not by clipping.
 """
 
 from __future__ import annotations
@@ -51,7 +55,7 @@ class Update:
     Attributes:
         value: e_j (``balanced``) or w_j·a_j (``paper``); positive: more of the domain lowers the loss.
         low, high: the value's bootstrap interval.
-        sign: share of the resamples that have the value's sign.
+        noise: how likely it is that noise alone puts some domain's value as far from 0, in units of its own spread.
         beta: relative change of each volume, before rounding.
         volumes: examples in the next mixture.
     """
@@ -59,7 +63,7 @@ class Update:
     value: list[float]
     low: list[float]
     high: list[float]
-    sign: list[float]
+    noise: float
     beta: list[float]
     volumes: list[int]
 
@@ -69,8 +73,8 @@ class Update:
         return [low > 0 or high < 0 for low, high in zip(self.low, self.high, strict=True)]
 
     def told(self, sure: float) -> bool:
-        """Whether any domain's value has its sign in at least this share of the resamples."""
-        return any(value != 0 and sign >= sure for value, sign in zip(self.value, self.sign, strict=True))
+        """Whether some domain's value is other than 0 with this confidence, the number of domains allowed for."""
+        return self.noise <= 1 - sure
 
     def change(self, before: Sequence[int]) -> float:
         """Largest relative change of a volume."""
@@ -84,12 +88,18 @@ def token_weights(volumes: Sequence[int], tokens_per_example: Sequence[float]) -
 
 
 def values(
-    influence: Array, volumes: Sequence[int], tokens_per_example: Sequence[float], rule: str, dilution: float
+    influence: Array,
+    crowding: Array,
+    volumes: Sequence[int],
+    tokens_per_example: Sequence[float],
+    rule: str,
+    dilution: float,
 ) -> Array:
     """[..., M] what more of each domain is worth, up to a common factor.
 
     Args:
         influence: [..., M] a_j, per token.
+        crowding: [..., M] δ_j, per token.
         rule: `balanced` or `paper`; the latter knows no dilution.
         dilution: c.
     """
@@ -99,12 +109,13 @@ def values(
     shares = np.asarray(volumes, float) / sum(volumes)
     lengths = weights / shares
     mean = (influence * weights).sum(-1, keepdims=True)
-    return np.asarray(lengths * (influence - dilution * mean) - (1 - dilution) * mean)
+    return np.asarray(lengths * (influence - dilution * (mean + crowding)) - (1 - dilution) * mean)
 
 
 def update(
     influence: Array,
     resampled: Array,
+    crowding: Array,
     volumes: Sequence[int],
     pools: Sequence[int],
     tokens_per_example: Sequence[float],
@@ -117,20 +128,20 @@ def update(
     Args:
         influence: [M] a_j on the objective.
         resampled: [S, M] the same for every bootstrap resample.
+        crowding: [M] δ_j on the objective.
         volumes: [M] examples in the mixture at which the influence was computed.
         pools: [M] unique examples there are.
         tokens_per_example: [M] mean supervised tokens of a domain's examples.
         m: largest relative fall of a volume; the largest rise is ``growth`` times that.
         confidence: level of the intervals.
     """
-    value = values(influence, volumes, tokens_per_example, config.rule, config.dilution)
-    cloud = values(resampled, volumes, tokens_per_example, config.rule, config.dilution)
+    value, cloud = (
+        values(a, crowding, volumes, tokens_per_example, config.rule, config.dilution) for a in (influence, resampled)
+    )
     tail = (1 - confidence) / 2
     low, high = np.quantile(cloud, [tail, 1 - tail], axis=0)
-    right = (np.sign(cloud) == np.sign(value)).mean(0)
-    worth = shrunk(value, cloud) if config.shrink else value
-    size = np.abs(worth).max() if config.normalise == "largest" else np.average(np.abs(worth), weights=volumes)
-    wanted = m * worth / size if size > 0 else np.zeros_like(worth)
+    size = np.abs(value).max() if config.normalise == "largest" else np.average(np.abs(value), weights=volumes)
+    wanted = m * value / size if size > 0 else np.zeros_like(value)
     lowest, highest = limits(volumes, pools, config, m)
     if config.rule == "paper":
         beta = np.clip(wanted, lowest, highest)
@@ -138,18 +149,22 @@ def update(
     else:
         beta = project(wanted, np.asarray(volumes, float), lowest, highest)
         new = round_volumes(list(np.asarray(volumes) * (1 + beta)), sum(volumes))
-    return Update(value.tolist(), low.tolist(), high.tolist(), right.tolist(), beta.tolist(), new)
+    return Update(value.tolist(), low.tolist(), high.tolist(), by_noise(value, cloud), beta.tolist(), new)
 
 
-def shrunk(value: Array, cloud: Array) -> Array:
-    """[M] values, each times the share of its square that isn't noise.
+def by_noise(value: Array, cloud: Array) -> float:
+    """p-value of the largest |value|, each in units of its own spread, where all are 0.
+
+    It is held against the largest deviation of each resample, so that the more domains there are, the further one must
+    be from 0; single signs would be sure of noise (some domain has one sign in 75 % of the resamples nearly always).
 
     Args:
         value: [M].
-        cloud: [S, M] the same for every bootstrap resample.
+        cloud: [S, M] resamples around it, with tails as wide as blocks are few (``InfluenceTable.resampled``).
     """
-    square, noise = value**2, cloud.var(0)
-    return np.asarray(value * np.divide(square, square + noise, out=np.zeros_like(square), where=square > 0))
+    unit = np.maximum(cloud.std(0), 1e-300)
+    largest = np.abs((cloud - value) / unit).max(1)
+    return float((1 + (largest >= np.abs(value / unit).max()).sum()) / (1 + len(cloud)))
 
 
 def limits(volumes: Sequence[int], pools: Sequence[int], config: EquilibriumConfig, m: float) -> tuple[Array, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -54,6 +55,21 @@ class ExampleSet:
         total = np.concatenate([[0], np.cumsum(self.supervised, dtype=np.int64)])
         counts: npt.NDArray[np.int64] = total[self.offsets[1:]] - total[self.offsets[:-1]]
         return counts - self.supervised[self.offsets[:-1]]
+
+    def where(self, kept: npt.NDArray[np.bool_]) -> ExampleSet:
+        """The examples that ``kept`` [n] names, in their order."""
+        lengths = np.diff(self.offsets)
+        tokens = np.repeat(kept, lengths)
+        offsets = np.concatenate([[0], np.cumsum(lengths[kept])]).astype(np.int64)
+        return ExampleSet(self.ids[tokens], self.supervised[tokens], offsets)
+
+    def digest(self) -> str:
+        """Checksum of all that is in it."""
+        found = hashlib.sha256()
+        for array in (self.offsets, self.ids, self.supervised):
+            found.update(f"{array.dtype}{array.shape}".encode())
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
 
     def save(self, path: Path) -> None:
         save_file({"ids": self.ids, "supervised": self.supervised, "offsets": self.offsets}, path)

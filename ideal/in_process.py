@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -19,8 +19,8 @@ from ideal.curvature.joint import damping_forms, quadratic_forms
 from ideal.curvature.kfac import Eigenbasis, Inverse
 from ideal.influence import Array, InfluenceTable
 from ideal.model import wide
-from ideal.products import block_products, combined, set_sums, table_of, with_sets
-from ideal.sampled import Sampled, curvature_blocks, factor_shares
+from ideal.products import combined, crowded_means, set_sums, table_of, with_sets
+from ideal.sampled import Sampled, curvature_blocks, tokens_and_weights
 from ideal.solvers import (
     FACTORED,
     Diagonal,
@@ -59,7 +59,6 @@ def influence_tables(
         batch_tokens=sample.batch_tokens,
         device=where,
         done=lambda _, gradient: found.append(gradient),
-        shares=factor_shares(sample.blocks, settings),
     )
     own = {layer: wide(sample.damping[f"{layer}.weight"].to(where)) for layer in layers} if sample.damping else {}
     known: dict[str, Eigenbasis] = {}
@@ -70,7 +69,10 @@ def influence_tables(
     tables = {}
     gradients = [block.gradients for block in found]
     sizes = [(block.tokens, block.loss) for block in found]
-    tokens = np.array([size for size, _ in sizes], float).reshape(-1, settings.blocks)
+    tokens, weights = tokens_and_weights(sample.blocks, sample.domains, settings.blocks)
+    crowded = {
+        layer: crowded_means((g[layer] for g in gradients), tokens[: sample.domains], weights) for layer in layers
+    }
     sums_by_set = {layer: set_sums([g[layer] for g in gradients], settings.blocks) for layer in layers}
     for solver in solvers:
         if solver == "exact":
@@ -86,12 +88,13 @@ def influence_tables(
                 )
                 for layer in layers
             }
-        products = {layer: with_sets(solved[layer], (g[layer] for g in gradients)) for layer in layers}
+        products = {
+            layer: with_sets(solved[layer], chain((g[layer] for g in gradients), crowded[layer])) for layer in layers
+        }
         if coupled(solver, settings):
             damping = [damping_forms(x, own[layer]) for layer, x in solved.items()]
             products = combined(products, _forms(model, solved, sample), damping, settings.blocks)
-        rows = [block_products(p, tokens, sample.domains) for p in products.values()]
-        tables[solver] = table_of(rows, sizes, sample.domains, settings.blocks)
+        tables[solver] = table_of(list(products.values()), sizes, weights, settings.blocks)
     return tables
 
 

@@ -14,15 +14,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
-from ideal.batches import length
-from ideal.curvature.accumulate import Block
 from ideal.examples import ExampleSet
 from ideal.mixture import seeded
+
+if TYPE_CHECKING:
+    from ideal.curvature.accumulate import Block
 
 Array = npt.NDArray[np.float64]
 
@@ -36,12 +38,15 @@ class InfluenceTable:
         domain_tokens: [M, B] supervised tokens of each domain block.
         reference_tokens: [R, B] the same of each reference block.
         reference_loss: [R] mean loss per supervised token, nats.
+        crowding: [M, R] δ_jr: how much more than the mixture's mean token one of domain j takes from what all domains
+            do for set r, by raising AdamW's denominator (``ideal.equilibrium``).
     """
 
     products: Array
     domain_tokens: Array
     reference_tokens: Array
     reference_loss: Array
+    crowding: Array
 
     def matrix(self) -> Array:
         """[M, R] a_jr."""
@@ -53,10 +58,15 @@ class InfluenceTable:
         return np.asarray(self.products.sum((2, 4)) / counts)
 
     def resampled(self, resamples: int, seed: int, widening: float = 1.0) -> Array:
-        """[S, M, R] a_jr on bootstrap resamples: every set's blocks, drawn with replacement.
+        """[S, M, R] a_jr as other samples might have given it: a bootstrap over every set's blocks.
+
+        B blocks drawn with replacement are too sure of themselves: the variance of a mean comes out (B − 1)/B too
+        small, and it is known with B − 1 degrees of freedom only. So each resample's distance from the influence is
+        multiplied by √(B/(B − 1)) and by one draw of √(ν/χ²_ν), ν = B − 1, which gives the cloud Student's tails:
+        its quantiles are intervals, and its shares of one sign probabilities, that hold what they say.
 
         Args:
-            widening: of every resample's distance from the influence itself.
+            widening: of every resample's distance from the influence, beside that.
         """
         products = self.products.sum(0)
         m, b, r, _ = products.shape
@@ -67,7 +77,8 @@ class InfluenceTable:
         tokens = np.einsum("smb,mb->sm", domain, self.domain_tokens)
         reference_tokens = np.einsum("src,rc->sr", reference, self.reference_tokens)
         found = total / tokens[:, :, None] / reference_tokens[:, None, :]
-        return np.asarray(self.matrix() + widening * (found - self.matrix()))
+        tails = np.sqrt(b / random.chisquare(b - 1, size=(resamples, 1, 1)))
+        return np.asarray(self.matrix() + widening * tails * (found - self.matrix()))
 
     def objective(self, matrix: Array, kind: str) -> Array:
         """[..., M] a_j on the objective: the mean over reference sets (`macro`) or over their tokens (`micro`)."""
@@ -97,6 +108,8 @@ def split(name: str, examples: ExampleSet, indices: Sequence[int], blocks: int, 
         indices: the sample; neighbours go to different blocks.
         weight: w_j of a domain, its share of the mixture's supervised tokens; 0 for a reference set.
     """
+    from ideal.curvature.accumulate import Block  # which loads torch; a table alone is read without
+
     items = [examples[int(i)] for i in indices]
     tokens = sum(int(supervised[1:].sum()) for _, supervised in items)
     return [
@@ -106,6 +119,8 @@ def split(name: str, examples: ExampleSet, indices: Sequence[int], blocks: int, 
 
 def shard(blocks: Sequence[Block], shards: int) -> list[list[int]]:
     """Blocks (by position) for each shard, nearly equal in tokens; the largest first, to the emptiest shard."""
+    from ideal.batches import length
+
     sizes = [sum(length(item) for item in block.items) for block in blocks]
     parts: list[list[int]] = [[] for _ in range(shards)]
     loads = [0] * shards

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from ideal.errors import BadInput
+from ideal.model_files import ADAPTER_SETTINGS, is_adapter
 
 if TYPE_CHECKING:
     from ideal.config import LoraConfig
 
-SETTINGS_FILE = "adapter_config.json"
 A, B = ".lora_A.default", ".lora_B.default"
 """What peft calls an adapter's two linear layers, behind the name of the layer that they are added to."""
 
@@ -55,11 +55,6 @@ def linear_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a model folder holds adapters alone."""
-    return (folder / SETTINGS_FILE).is_file()
-
-
 def base_of(folder: Path) -> Path:
     """The folder with a model's configuration and whole weights: of adapters their base's, else the same one.
 
@@ -67,14 +62,14 @@ def base_of(folder: Path) -> Path:
     """
     if not is_adapter(folder):
         return folder
-    named = Path(json.loads((folder / SETTINGS_FILE).read_text())["base_model_name_or_path"])
+    named = Path(json.loads((folder / ADAPTER_SETTINGS).read_text())["base_model_name_or_path"])
     moved = folder.absolute().parents[2].joinpath(*named.parts[-3:])  # stages / kind / fingerprint / model
     return named if named.is_dir() or not moved.is_dir() else moved
 
 
 def sizes_of(folder: Path) -> tuple[int, list[str]]:
     """The rank of a folder's adapters, and the last parts of the names of the layers that have one."""
-    found = json.loads((folder / SETTINGS_FILE).read_text())
+    found = json.loads((folder / ADAPTER_SETTINGS).read_text())
     return int(found["r"]), sorted({name.rpartition(".")[2] for name in found["target_modules"]})
 
 

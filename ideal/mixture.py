@@ -40,13 +40,6 @@ def round_volumes(volumes: Sequence[float], total: int) -> list[int]:
     return down
 
 
-def reduced(volumes: Mapping[str, int], share: float) -> dict[str, int]:
-    """The same mixture of a share of the examples: at least one."""
-    before = sum(volumes.values())
-    total = max(1, round(share * before))
-    return dict(zip(volumes, round_volumes([v * total / before for v in volumes.values()], total), strict=True))
-
-
 def data_order(volumes: Mapping[str, int], epochs: float, seed: int) -> npt.NDArray[np.int64]:
     """[round(V · epochs)] positions in the mixture (its domains' draws one after another), shuffled anew every epoch.
 

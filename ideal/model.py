@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
@@ -21,9 +22,13 @@ from ideal import lora
 from ideal.batches import IGNORED, Batch
 from ideal.config_inputs import MadeModel, ModelConfig
 from ideal.errors import BadInput
+from ideal.model_files import is_adapter, local_folder, read_template
+from ideal.precision import ByPrecision
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = ByPrecision(bf16=torch.bfloat16, fp32=torch.float32)
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NAMED = 3
+"""Tensors that an error names."""
 HEAD_WIDTH = 32
 """Of a model that is made: the smallest that vLLM's attention on CPU takes."""
 
@@ -32,7 +37,8 @@ def materialise(config: ModelConfig, folder: Path) -> None:
     """Put the base model into ``folder`` as config, tokenizer and safetensors (a local one by links).
 
     Raises:
-        BadInput: no such model, no safetensors in it, or no way to the hub.
+        BadInput: no such model, no way to the hub, no safetensors in it, or tensors that aren't its architecture's or
+            not finite.
     """
     if config.source == "smollm2":
         _smollm2(folder)
@@ -45,6 +51,8 @@ def materialise(config: ModelConfig, folder: Path) -> None:
                     os.link(file.resolve(), target)
                 except OSError:
                     shutil.copyfile(file, target)
+        check_tensors(folder)
+        _check_finite(folder)
     if config.chat_template:
         tokenizer = load_tokenizer(folder)
         tokenizer.chat_template = read_template(config)
@@ -53,36 +61,49 @@ def materialise(config: ModelConfig, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def local_folder(config: ModelConfig) -> Path | None:
-    """The model's folder if its source is one; None for `smollm2` and hub ids.
+def check_tensors(folder: Path) -> None:
+    """Check that a folder's weights have the names and shapes of its architecture, without reading them.
+
+    What is missing would be trained from random numbers: so it is where a model was saved out of `torch.compile`
+    (`_orig_mod.…`) or DDP (`module.…`).
 
     Raises:
-        BadInput: the folder isn't there or isn't a whole model in safetensors.
+        BadInput: they haven't, or transformers has no such architecture.
     """
-    path = Path(config.source)
-    if config.source == "smollm2" or not (path.is_absolute() or path.is_dir()):
-        return None
-    if not (path / "config.json").is_file():
-        raise BadInput("model.source", f"{path} is no model folder: it has no config.json", "check the path")
-    if lora.is_adapter(path):
-        raise BadInput("model.source", f"{path} holds adapters, whose base lies elsewhere", "merge them into it first")
-    if not list(path.glob("*.safetensors")):
-        raise BadInput("model.source", f"{path} has no .safetensors weights", "convert it; pickles are not loaded")
-    return path
-
-
-def read_template(config: ModelConfig) -> str | None:
-    """The chat template that replaces the tokenizer's own.
-
-    Raises:
-        BadInput: the file can't be read.
-    """
-    if config.chat_template is None:
-        return None
     try:
-        return Path(config.chat_template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput("model.chat_template", f"can't be read ({error})", "name a Jinja file") from None
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            device_map="meta",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except Exception as error:  # as in ``load_model``
+        raise BadInput("model.source", f"{folder} doesn't load: {error}", "fetch it again") from None
+    report = loaded[1]
+    wrong = {
+        "are missing": sorted(report["missing_keys"]),
+        "belong to no layer": sorted(report["unexpected_keys"]),
+        "have another shape than config.json says": sorted(key for key, *_ in report["mismatched_keys"]),
+    }
+    said = [
+        f"{len(names)} tensors {what} ({', '.join(names[:NAMED])}{', …' * (len(names) > NAMED)})"
+        for what, names in wrong.items()
+        if names
+    ]
+    if said:
+        raise BadInput("model.source", f"{folder}: {'; '.join(said)}", "save the model itself, unwrapped, and whole")
+
+
+def _check_finite(folder: Path) -> None:
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                if not torch.isfinite(tensors.get_tensor(name)).all():
+                    raise BadInput(
+                        "model.source", f"{file.name}: {name} has values that aren't finite", "fetch it again"
+                    )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -92,7 +113,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         BadInput: the folder has none that loads.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise BadInput("model.source", f"no tokenizer loads from {folder}: {error}", "add its files") from None
     return tokenizer
@@ -106,9 +127,13 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device | str = "c
     """
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            lora.base_of(folder), dtype=dtype, use_safetensors=True, attn_implementation="sdpa"
+            lora.base_of(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
         )
-        if lora.is_adapter(folder):
+        if is_adapter(folder):
             model.load_adapter(str(folder))  # type: ignore[operator]
     except Exception as error:  # safetensors, OS and transformers errors alike mean: not loadable
         raise BadInput("model", f"{folder} doesn't load: {error}", "check the folder, or fetch it again") from None
@@ -174,7 +199,9 @@ def shapes(config: ModelConfig) -> Any:
             return AutoConfig.from_pretrained(_smollm2_wheel(), gguf_file=SMOLLM2_FILE)
         if config.made:
             return made_shapes(config.made, config.max_tokens)
-        return AutoConfig.from_pretrained(local_folder(config) or config.source, revision=config.revision)
+        return AutoConfig.from_pretrained(
+            local_folder(config) or config.source, revision=config.revision, trust_remote_code=False
+        )
     except BadInput:
         raise
     except Exception:  # offline, gated or misspelt: the run itself says which

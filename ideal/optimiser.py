@@ -28,12 +28,16 @@ def optimizer_of(matrices: list[nn.Parameter], vectors: list[nn.Parameter], conf
     )
 
 
-def update(optimizer: torch.optim.AdamW, step: int, rate: float, norm: torch.Tensor) -> None:
-    """Move the weights along the gradients that are there.
+def update(optimizer: torch.optim.AdamW, step: int, rate: float, norm: torch.Tensor, clip_norm: float) -> float:
+    """Move the weights along the clipped gradients that are there.
 
     Args:
         step: its number, for the error.
-        norm: the gradients'.
+        norm: the gradients', before they were clipped.
+        clip_norm: what they were clipped to.
+
+    Returns:
+        η_t κ_t, the rate at which the step took up its gradient, with κ_t = min(1, clip_norm / norm).
 
     Raises:
         FloatingPointError: the gradient's norm isn't finite; the weights are as before.
@@ -43,16 +47,18 @@ def update(optimizer: torch.optim.AdamW, step: int, rate: float, norm: torch.Ten
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
+    return rate * min(1.0, clip_norm / max(float(norm), 1e-12))
 
 
 def stiffness(state: Mapping[str, torch.Tensor], group: Mapping[str, Any], rates: float) -> torch.Tensor:
-    """Λ = (√v̂ + ε) / Σ_t η_t: how firmly AdamW held each weight so far.
+    """Λ = (√v̂ + ε) / Σ_t η_t κ_t: how firmly AdamW held each weight so far.
 
-    A constant gradient G moves a weight by G/Λ over the run (Kingma & Ba 2015, with v̂ held at its last value).
+    A constant gradient G, of which each step sees κ_t G after clipping, moves a weight by G/Λ over the run (Kingma &
+    Ba 2015, with v̂ held at its last value). v̂ is of clipped gradients, so a sum of plain rates would make Λ too small.
 
     Args:
         state, group: AdamW's, of one tensor.
-        rates: Σ_t η_t.
+        rates: Σ_t η_t κ_t, what ``update`` returned.
     """
     corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
     damping: torch.Tensor = (corrected.sqrt() + group["eps"]) / rates

@@ -3,24 +3,20 @@
 More of domain j means less of the others, so its effect on reference set r is its influence above the mixture's,
 in units of the largest on that set:
 
-    c_jr = (a_jr − Σ_k w_k a_kr) / max_i |a_ir − Σ_k w_k a_kr|        w: token shares (``ideal.equilibrium``)
+    c_jr = e_jr / max_i |e_ir|        e_jr: what an example of j is worth to r, as the update counts it
 
-So every column's weighted mean is 0: where a set's own domain does most for it, the others hurt it by taking that
-one's place. A domain's effect on its own set is left out.
+(``ideal.equilibrium.values``). So every column's mean over the mixture is 0: where a set's own domain does most for it,
+the others hurt it by taking that one's place. A domain's effect on its own set is left out.
 
 Intervals come from the bootstrap (``InfluenceTable.resampled``), each resample centred and scaled in the same way.
-Over B blocks it is too sure of itself: the variance of a mean comes out (B − 1)/B too small, and the tails are those
-of Student's t with B − 1 degrees of freedom, whose variance is (B − 1)/(B − 3). So the resamples are spread by
-√(B/(B − 3)); with fewer than 4 blocks nothing is beyond noise.
-
 Among the M·(R − 1) pairs some would look real by luck: Benjamini and Hochberg (1995) keep the expected share of false
 ones among those named below a rate. Where four domains differed by noise alone (rate 0.1, 150 tables of the kind in
-tests/ideal/test_pairs.py), 3, 10 and 15 % of the tables with 4, 8 and 16 blocks named a pair; without the spread it
-was 54, 31 and 23 %.
+tests/ideal/test_pairs.py), 0, 7 and 14 % of the tables with 4, 8 and 16 blocks named a pair.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,20 +49,22 @@ class Pair:
     effect: str
 
 
-def pairs(table: InfluenceTable, weights: Array, *, resamples: int, confidence: float, seed: int) -> list[Pair]:
+def pairs(
+    table: InfluenceTable, worth: Callable[[Array], Array], *, resamples: int, confidence: float, seed: int
+) -> list[Pair]:
     """All pairs of a domain and another's reference set, the clearest first.
 
     Args:
-        weights: [M] w_j.
+        worth: from influences a_jr [..., M, R] to e_jr, of the same shape.
         confidence: level of the intervals; 1 − confidence is the rate of false pairs among those named.
     """
-    matrix, blocks = table.matrix(), table.domain_tokens.shape[1]
-    spread = np.sqrt(blocks / max(blocks - 3, 1))
-    value = relative(matrix, weights)
-    cloud = relative(matrix + spread * (table.resampled(resamples, seed) - matrix), weights)
+    matrix = table.matrix()
+    value = relative(worth(matrix), matrix)
+    cloud = table.resampled(resamples, seed)
+    cloud = relative(worth(cloud), cloud)
     tail = (1 - confidence) / 2
     low, high = np.quantile(cloud, [tail, 1 - tail], axis=0)
-    p = p_values(cloud) if blocks > 3 else np.ones_like(value)
+    p = p_values(cloud)
     others = [(j, r) for j, r in np.ndindex(*value.shape) if j != r]
     real = discoveries(np.array([p[at] for at in others]), 1 - confidence)
     found = [
@@ -76,12 +74,15 @@ def pairs(table: InfluenceTable, weights: Array, *, resamples: int, confidence: 
     return sorted(found, key=lambda pair: (pair.p, -abs(pair.value)))
 
 
-def relative(matrix: Array, weights: Array) -> Array:
-    """[..., M, R] c_jr of influences [..., M, R]; a column without differences stays 0."""
-    centred = matrix - np.einsum("j,...jr->...r", weights, matrix)[..., None, :]
-    largest = np.abs(centred).max(-2, keepdims=True)
+def relative(worth: Array, matrix: Array) -> Array:
+    """[..., M, R] c_jr; a column without differences stays 0.
+
+    Args:
+        worth, matrix: [..., M, R] e_jr, and the influences a_jr that they are of.
+    """
+    largest = np.abs(worth).max(-2, keepdims=True)
     real = largest > ROUNDING * np.abs(matrix).max(-2, keepdims=True)
-    return np.asarray(np.where(real, centred / np.where(real, largest, 1.0), 0.0))
+    return np.asarray(np.where(real, worth / np.where(real, largest, 1.0), 0.0))
 
 
 def p_values(cloud: Array) -> Array:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ideal.chat import ChatEncoder, Message
+from ideal.checkpoints import keep, latest
 from ideal.config import SftConfig
 from ideal.config_inputs import MadeModel
 from ideal.examples import ExampleSet
@@ -38,11 +39,17 @@ def pretrain(
     folder: Path,
     max_tokens: int,
     progress: Callable[[str, int, int], None] = lambda message, done, total: None,
+    kept: Path | None = None,
+    checkpoint_steps: int = 100,
 ) -> float:
     """Make the model and its tokenizer in ``folder``, in the transformers format, in bf16.
 
+    A making that was killed goes on from its last checkpoint, to the weights that it would have come to undisturbed.
+
     Args:
         max_tokens: longest example of the corpus.
+        kept: the folder of the checkpoints of this very making. Default: none are kept.
+        checkpoint_steps: steps between two of them.
 
     Returns:
         the last step's loss, nats per token.
@@ -52,7 +59,7 @@ def pretrain(
         Unusable: a row of it is no conversation.
     """
     corpus = [
-        messages(row, source, f"model.made.corpus.{number}")
+        messages(row, source)
         for number, source in enumerate(made.corpus)
         for _, row in rows(source, f"model.made.corpus.{number}")
     ]
@@ -70,10 +77,14 @@ def pretrain(
     trainer = Trainer(folder, config, torch.device("cpu"), batch_tokens=4096)
     volumes = {CORPUS: len(examples)}
     total = len(plan(volumes, config, made.seed))
+    if kept and (state := latest(kept)):
+        trainer.load_state(state)
     loss = 0.0
     for log in train(trainer, {CORPUS: examples}, volumes, made.seed):
         loss = log.loss
         progress(f"loss {loss:.3f}", log.step + 1, total)
+        if kept and trainer.next_step % checkpoint_steps == 0 and trainer.next_step < total:
+            keep(kept, trainer.next_step, trainer.save_state)
     trainer.model.to(torch.bfloat16)
     trainer.save_model(folder)
     return loss

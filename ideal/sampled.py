@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
+import numpy as np
 import torch
 
-from ideal.batches import length
 from ideal.config import InfluenceConfig
-from ideal.curvature.accumulate import Block, Shares
+from ideal.curvature.accumulate import Block
+from ideal.influence import Array
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,16 @@ class Sampled:
     device: torch.device
 
 
-def factor_shares(blocks: Sequence[Block], settings: InfluenceConfig) -> Shares:
-    """As ``influence.positions`` asks for it, of the positions in all of the sample's blocks."""
-    total = sum(length(item) for block in blocks if block.weight > 0 for item in block.items)
-    return lambda width: min(1.0, settings.positions * width / total) if settings.positions else 1.0
+def tokens_and_weights(blocks: Sequence[Block], domains: int, each: int) -> tuple[Array, list[float]]:
+    """[sets, B] supervised tokens of every block, and [M] w_j, each domain's share of the mixture's.
+
+    Args:
+        blocks: of all sets, as ``Sampled`` holds them.
+        each: B.
+    """
+    tokens = np.array([block.supervised() for block in blocks], float).reshape(-1, each)
+    rates = np.array([block.weight for block in blocks]).reshape(-1, each)
+    return tokens, (tokens * rates)[:domains].sum(1).tolist()
 
 
 def curvature_blocks(blocks: Sequence[Block], domains: int, settings: InfluenceConfig, parts: int = 1) -> list[Block]:

@@ -99,11 +99,17 @@ def scenarios(
         draws: random reference sets for each random scenario.
     """
 
-    def steps(influence: Array) -> tuple[Array, Array]:
-        """[S, M] influences on the objective → [S, M] β, [S, M] volumes."""
+    sets, blocks = table.reference_tokens.shape
+    weights = table.objective(np.eye(sets), config.objective)
+
+    def steps(influence: Array, weights: Array = weights) -> tuple[Array, Array]:
+        """[S, M, R] influences and [R] weights of the sets → [S, M] β, [S, M] volumes."""
+        crowding = table.crowding @ weights
         found = [
-            update(a, a[None], start.volumes, start.pools, start.tokens_per_example, config, start.m, confidence)
-            for a in influence
+            update(
+                a, a[None], crowding, start.volumes, start.pools, start.tokens_per_example, config, start.m, confidence
+            )
+            for a in influence @ weights
         ]
         return np.array([step.beta for step in found]), np.array([step.volumes for step in found], float)
 
@@ -112,16 +118,14 @@ def scenarios(
         parts = (beta, volumes, cosines(beta, against), flips(beta, against))
         return Scenario(name, len(beta), *(Spread.of(part, confidence) for part in parts))
 
-    sets, blocks = table.reference_tokens.shape
-    weights = table.objective(np.eye(sets), config.objective)
-    whole = steps(on_blocks(table, np.ones((1, sets, blocks))) @ weights)
+    whole = steps(on_blocks(table, np.ones((1, sets, blocks))))
     full = whole[0]
     found = [scenario("the whole reference set", whole, full)]
 
-    again = steps(on_blocks(table, resampled_blocks(sets, blocks, draws, seed)) @ weights)
+    again = steps(on_blocks(table, resampled_blocks(sets, blocks, draws, seed)))
     found.append(scenario("drawn again (bootstrap)", again, full))
     if blocks > 1:
-        one, other = (steps(on_blocks(table, part) @ weights) for part in half_blocks(sets, blocks, draws, seed))
+        one, other = (steps(on_blocks(table, part)) for part in half_blocks(sets, blocks, draws, seed))
         found.append(scenario("half of it", one, full))
         found.append(scenario("half of it, against the other half", one, other[0]))
 
@@ -130,7 +134,7 @@ def scenarios(
             break  # the weight of the only set cancels
         for r, name in enumerate(names):
             changed = weights * np.where(np.arange(sets) == r, factor, 1.0)
-            found.append(scenario(words.format(name), steps((table.matrix() @ changed)[None]), full))
+            found.append(scenario(words.format(name), steps(table.matrix()[None], changed), full))
     return found
 
 

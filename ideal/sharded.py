@@ -101,10 +101,9 @@ class ShardedTrainer:
             parameter.grad /= targets
         norm = nn.utils.clip_grad_norm_(self.weights.values(), self.config.clip_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        update(self.optimizer, step.number, step.rate, norm)
+        self.rates += update(self.optimizer, step.number, step.rate, norm, self.config.clip_norm)
         self.optimizer.zero_grad()
         self.next_step = step.number + 1
-        self.rates += step.rate
         return Log(step.number, float(summed) / targets, float(norm), sum(length(item) for item in items))
 
     def _passes(self, items: list[Item]) -> Iterator[tuple[Batch, float]]:

@@ -11,10 +11,11 @@ of each *set*, and never to the many blocks: their products follow from that (``
 | `ekfac` | the same eigenvectors with their right eigenvalues | one more |
 | `exact` | (H + λ)⁻¹, all tracked layers together | one for each step of conjugate gradients and reference set |
 
-Training with AdamW for T steps moves a weight along a constant gradient G by Σ_t η_t · G/(√v̂ + ε). So Λ = (√v̂ +
-ε)/Σ_t η_t is the damping that a training run has by itself: (H + Λ)⁻¹ G is where the run ends that follows G from θ
-within a quadratic (a proximal step), Λ⁻¹ G where H is small against Λ, H⁻¹ G where it is large. With ``damping:
-schedule`` `exact` takes Λ as it is; `kfac` and `ekfac`, which need one number, take a layer's harmonic mean of it.
+Training with AdamW for T steps moves a weight along a constant gradient G by Σ_t η_t κ_t · G/(√v̂ + ε), where clipping
+leaves κ_t of the gradient. So Λ = (√v̂ + ε)/Σ_t η_t κ_t is the damping that a training run has by itself: (H + Λ)⁻¹ G
+is where the run ends that follows G from θ within a quadratic (a proximal step), Λ⁻¹ G where H is small against Λ, H⁻¹
+G where it is large. With ``damping: schedule`` `exact` takes Λ as it is; `kfac` and `ekfac`, which need one number,
+take a layer's harmonic mean of it.
 
 All but `exact` go layer by layer. With ``joint`` their solutions are combined anew under the curvature of all layers
 together and Λ (``ideal.curvature.joint``), which takes forward passes over a few examples. What is combined are the

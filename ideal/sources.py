@@ -5,16 +5,14 @@ Every row remembers where it stood, so that a faulty one is reported with its fi
 
 from __future__ import annotations
 
-import glob
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ideal.chat import Message, Unusable
 from ideal.config_inputs import Source
 from ideal.errors import BadInput
 from ideal.mixture import seeded
+from ideal.row_files import files_of, pick, rows_of
 
 REQUIRED = {"chat": ["messages"], "prompt": ["prompt", "completion"], "instruction": ["instruction", "output"]}
 
@@ -32,7 +30,7 @@ def rows(source: Source, where: str) -> Iterator[Row]:
         _made(source, where) if source.reasoning_gym else _hub(source, where) if source.hub else _local(source, where)
     )
     if source.wrong:
-        found = _with_wrong_answers(found, source, where)
+        found = _with_wrong_answers(found, source)
     limit = None if source.reasoning_gym else source.size
     for number, row in enumerate(found):
         if limit is not None and number >= limit:
@@ -40,27 +38,27 @@ def rows(source: Source, where: str) -> Iterator[Row]:
         yield row
 
 
-def messages(row: dict[str, Any] | None, source: Source, where: str) -> list[Message]:
+def messages(row: dict[str, Any] | None, source: Source) -> list[Message]:
     """A row as chat messages.
 
     Raises:
-        Unusable: the row isn't what the format needs.
-        BadInput: the columns fit no format, and the config doesn't say which to take.
+        Unusable: the row isn't what the format needs, or, where the config names none, fits no format.
     """
     if row is None:
-        raise Unusable("malformed")
-    form = source.format if source.format != "auto" else _detect(row, source, where)
+        raise Unusable("malformed: no JSON object")
+    form = source.format if source.format != "auto" else _detect(row, source)
     if set(row) == {"messages"}:  # already a chat: a row whose answer was changed
         form = "chat"
-    value = {name: _pick(row, source.fields.get(name, name)) for name in [*REQUIRED[form], "input", "system"]}
-    if any(value[name] is None for name in REQUIRED[form]):
-        raise Unusable("malformed")
+    value = {name: pick(row, source.fields.get(name, name)) for name in [*REQUIRED[form], "input", "system"]}
+    for name in REQUIRED[form]:
+        if value[name] is None:
+            raise Unusable(f"malformed: no `{source.fields.get(name, name)}`")
     system = value["system"] if isinstance(value["system"], str) else source.system
     start: list[Message] = [{"role": "system", "content": system}] if system else []
     if form == "chat":
         turns = value["messages"]
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise Unusable("malformed")
+            raise Unusable("malformed: `messages` is no list of messages")
         has_system = bool(turns) and turns[0].get("role") == "system"
         return ([] if has_system else start) + [{"role": t.get("role", ""), "content": t.get("content")} for t in turns]
     if form == "prompt":
@@ -72,66 +70,12 @@ def messages(row: dict[str, Any] | None, source: Source, where: str) -> list[Mes
     return [*start, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def files_of(source: Source, where: str) -> list[Path]:
-    """The local files of a source, globs resolved, sorted.
-
-    Raises:
-        BadInput: a path names nothing, or a kind of file that isn't read.
-    """
-    found: list[Path] = []
-    for pattern in source.files or []:
-        hits = sorted(Path(hit) for hit in glob.glob(pattern, recursive=True))
-        if not hits:
-            raise BadInput(f"{where}.files", f"no such file: {pattern}", "check the path; it is relative to the config")
-        found += hits
-    for path in found:
-        if path.suffix not in (".jsonl", ".json", ".parquet"):
-            raise BadInput(f"{where}.files", f"{path} is neither .jsonl, .json nor .parquet", "convert it")
-    return found
-
-
 def _local(source: Source, where: str) -> Iterator[Row]:
     start, stop = source.rows or (0, None)
     for path in files_of(source, where):
-        try:
-            for number, row in enumerate(_parse(path, source, where)):
-                if number >= start and (stop is None or number < stop):
-                    yield f"{path}:{number + 1}", row if isinstance(row, dict) else None
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(str(path), f"can't be read ({error})", "check the file") from None
-
-
-def _parse(path: Path, source: Source, where: str) -> Iterator[Any]:
-    if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    yield json.loads(line) if line.strip() else None
-                except (ValueError, RecursionError):
-                    yield None
-    elif path.suffix == ".json":
-        try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise BadInput(str(path), f"is not JSON: {error}", "mend the file") from None
-        found = _pick(tree, source.records) if source.records else tree
-        if not isinstance(found, list):
-            lists = [k for k, v in tree.items() if isinstance(v, list)] if isinstance(tree, dict) else []
-            raise BadInput(
-                str(path),
-                "holds no list of rows" + (f" at {source.records!r}" if source.records else ""),
-                f"set {where}.records to one of: {', '.join(lists)}" if lists else "make it a list of objects",
-            )
-        yield from found
-    else:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            for batch in pq.ParquetFile(path).iter_batches():
-                yield from batch.to_pylist()
-        except pa.ArrowInvalid as error:
-            raise BadInput(str(path), f"is not a Parquet file: {error}", "check the file") from None
+        for count, (number, row) in enumerate(rows_of(path, source.records, where)):
+            if count >= start and (stop is None or count < stop):
+                yield f"{path}:{number}", row if isinstance(row, dict) else None
 
 
 def _hub(source: Source, where: str) -> Iterator[Row]:
@@ -172,12 +116,12 @@ def _made(source: Source, where: str) -> Iterator[Row]:
         )
 
 
-def _with_wrong_answers(found: Iterator[Row], source: Source, where: str) -> Iterator[Row]:
+def _with_wrong_answers(found: Iterator[Row], source: Source) -> Iterator[Row]:
     """A share of the rows with the answer of another row, as prompts and completions; which ones is seeded."""
     talks: list[tuple[str, list[Message] | None]] = []
     for place, row in found:
         try:
-            talks.append((place, messages(row, source, where)))
+            talks.append((place, messages(row, source)))
         except Unusable:
             talks.append((place, None))
     usable = [number for number, (_, talk) in enumerate(talks) if talk]
@@ -193,24 +137,12 @@ def _with_wrong_answers(found: Iterator[Row], source: Source, where: str) -> Ite
             yield place, {"messages": [*talk[:-1], last]}
 
 
-def _detect(row: dict[str, Any], source: Source, where: str) -> str:
+def _detect(row: dict[str, Any], source: Source) -> str:
+    """The format that a row's columns fit; one that it has the columns of, and a null among them, if no other."""
     for form, needed in REQUIRED.items():
-        if all(_pick(row, source.fields.get(name, name)) is not None for name in needed):
+        if all(pick(row, source.fields.get(name, name)) is not None for name in needed):
             return form
-    raise BadInput(
-        f"{where}.fields",
-        f"columns {', '.join(map(str, row))} fit none of chat, prompt, instruction",
-        "map them, e.g. fields: {prompt: question, completion: answer}",
-    )
-
-
-def _pick(tree: Any, path: str) -> Any:
-    """What stands at a dotted path; None where nothing does."""
-    for part in path.split("."):
-        if isinstance(tree, dict):
-            tree = tree.get(part)
-        elif isinstance(tree, list) and part.isdigit() and int(part) < len(tree):
-            tree = tree[int(part)]
-        else:
-            return None
-    return tree
+    for form, needed in REQUIRED.items():
+        if all(name in row for name in needed):
+            return form
+    raise Unusable(f"malformed: its columns ({', '.join(sorted(map(str, row))[:6])}) fit none of {', '.join(REQUIRED)}")

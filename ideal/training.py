@@ -180,11 +180,10 @@ class Trainer:
     def move(self, step: Step) -> float:
         """Clip the gradient and step along it; returns its norm before."""
         norm = nn.utils.clip_grad_norm_([flat.master for flat in self.flats.values()], self.config.clip_norm)
-        update(self.optimizer, step.number, step.rate, norm)
+        self.rates += update(self.optimizer, step.number, step.rate, norm, self.config.clip_norm)
         for flat in self.flats.values():
             flat.write_back()
         self.next_step = step.number + 1
-        self.rates += step.rate
         return float(norm)
 
     @torch.no_grad()

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import sys
 
-from service.cli import guarded
+from service.__main__ import main
 
 if __name__ == "__main__":
     os.environ.setdefault("RAY_ADDRESS", "auto")
-    sys.exit(guarded(["run", *sys.argv[1:]]))
+    main(["run", *sys.argv[1:]])

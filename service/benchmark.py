@@ -1,8 +1,8 @@
 """Benchmarks by actors that each keep a vLLM engine warm and reload weights for each checkpoint.
 
-Several engines share the benchmarks out. On CPU an engine holds no CPU of Ray's while it is idle, or SFT could never
-have all of them; they are reserved for as long as it works. On GPU it holds its GPUs, and is given back before SFT
-where SFT needs them too.
+Every benchmark is a stage of its own, so that one that is added or changed is all that runs; several engines take one
+at a time. On CPU an engine holds no CPU of Ray's while it is idle, or SFT could never have all of them; they are
+reserved for as long as it works. On GPU it holds its GPUs, and is given back before SFT where SFT needs them too.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from queue import LifoQueue
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from ideal.benchmarks.evaluation import evaluate
 from ideal.config import Config
 from ideal.config_inputs import BenchmarkConfig
-from ideal.lora import is_adapter
 from service.cluster import Cluster, Reservation
 from service.files import MODEL
 from service.progress import Reporter
-from service.vllm_model import VllmModel, reload, start_engine
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -41,13 +39,18 @@ class Engine:
     def __init__(self, config: Config, gpus: int) -> None:
         self.config, self.gpus = config, gpus
         self.llm: LLM | None = None
+        self.loaded: Path | None = None
 
     def node(self) -> str:
         """The address of the node it lives on."""
         return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
-    def score(self, model: Path, benchmarks: list[BenchmarkConfig], seed: int, progress: Reporter) -> dict[str, Any]:
-        """Scores of the checkpoint by benchmark: metric, value, stderr, items."""
+    def score(self, model: Path, benchmark: BenchmarkConfig, seed: int, progress: Reporter) -> dict[str, Any]:
+        """A benchmark's score of a checkpoint: metric, value, stderr, items, by_item."""
+        from ideal.benchmarks.evaluation import evaluate
+        from ideal.model_files import is_adapter
+        from service.vllm_model import VllmModel, reload, start_engine
+
         if self.llm is None:
             progress("starting vLLM", 0, 1)
             self.llm = start_engine(
@@ -57,34 +60,31 @@ class Engine:
                 gpus=self.gpus,
                 precision=self.config.sft.precision,
             )
-        else:
+        elif self.loaded != model:
+            self.loaded = None
             reload(self.llm, model)
+        self.loaded = model
         scores = evaluate(
             VllmModel(self.llm, seed, adapter=model if is_adapter(model) else None),
-            benchmarks,
+            [benchmark],
             allow_code_execution=self.config.allow_code_execution,
             progress=progress,
         )
-        return {name: asdict(score) for name, score in scores.items()}
+        return asdict(scores[benchmark.name])
 
 
-def dealt(benchmarks: Sequence[BenchmarkConfig], engines: int) -> list[list[BenchmarkConfig]]:
-    """Benchmarks for each engine, as even as their known numbers of items make them; no engine is without."""
-    parts: list[list[BenchmarkConfig]] = [[] for _ in range(min(engines, len(benchmarks)))]
-    loads = [0] * len(parts)
-    for benchmark in sorted(benchmarks, key=_items, reverse=True):
-        lightest = loads.index(min(loads))
-        parts[lightest].append(benchmark)
-        loads[lightest] += _items(benchmark)
-    return parts
+def longest_first(benchmarks: Sequence[BenchmarkConfig]) -> list[BenchmarkConfig]:
+    """In the order in which engines that take one at a time end at nearly the same time, as far as items tell."""
+    return sorted(benchmarks, key=lambda each: each.limit or each.size or UNKNOWN_ITEMS, reverse=True)
 
 
-def _items(benchmark: BenchmarkConfig) -> int:
-    return benchmark.limit or benchmark.size or UNKNOWN_ITEMS
+def engines_needed(config: Config, cluster: Cluster) -> int:
+    """The cluster's, as far as there are benchmarks for them."""
+    return min(cluster.benchmark_workers, len(config.benchmarks))
 
 
-def engines(config: Config, cluster: Cluster) -> list[Any]:
-    """Actors for a config's benchmarks; each starts its engine when it is first asked for scores."""
+def engines(config: Config, cluster: Cluster, count: int = 0) -> list[Any]:
+    """Actors for a config's benchmarks, so many or all; each starts its engine when it is first asked for a score."""
     gpus = cluster.tensor_parallel if cluster.gpus else 0
     make = Engine.options(  # type: ignore[attr-defined]
         num_cpus=0,
@@ -93,20 +93,21 @@ def engines(config: Config, cluster: Cluster) -> list[Any]:
         max_task_retries=-1,  # a lost node costs several at once; `max_restarts` is the limit
         runtime_env={"env_vars": {"OMP_NUM_THREADS": str(cluster.benchmark_cpus), "TQDM_DISABLE": "1"}},
     )
-    return [make.remote(config, gpus) for _ in dealt(config.benchmarks, cluster.benchmark_workers)]
+    return [make.remote(config, gpus) for _ in range(count or engines_needed(config, cluster))]
 
 
 def fits_all(configs: Sequence[Config]) -> bool:
     """Whether one engine can serve all these runs."""
 
     def needs(c: Config) -> tuple[Any, ...]:
-        return c.model, c.benchmarks, c.resources, c.sft.precision, c.sft.lora, c.allow_code_execution
+        adapters = None if c.method == "base" else c.sft.lora
+        return c.model, c.benchmarks, c.resources, c.sft.precision, adapters, c.allow_code_execution
 
     return all(needs(config) == needs(configs[0]) for config in configs)
 
 
 class Benchmarks:
-    """The engines, started when they are first needed.
+    """The engines, started when they are first needed; several threads may ask for scores.
 
     Args:
         shared: those of a sweep, which outlive this run.
@@ -114,39 +115,50 @@ class Benchmarks:
 
     def __init__(self, config: Config, cluster: Cluster, shared: Sequence[Any] = ()) -> None:
         self.config, self.cluster = config, cluster
-        self.parts = dealt(config.benchmarks, cluster.benchmark_workers)
-        self.shared = shared
-        self._engines: list[Any] = []
+        self._own: list[Any] = []
+        self._idle: LifoQueue[Any] = LifoQueue()  # None: one that isn't started; those that are warm come first
+        for engine in shared or [None] * engines_needed(config, cluster):
+            self._idle.put(engine)
 
-    def score(self, folder: Path, *, checkpoint: Path, progress: Reporter) -> dict[str, Any]:
-        """Score the checkpoint of an SFT's stage folder.
+    def score(self, benchmark: BenchmarkConfig, *, checkpoint: Path, progress: Reporter) -> dict[str, Any]:
+        """A benchmark's score of the checkpoint of an SFT's stage folder, as soon as an engine is idle.
 
         Raises:
             BadInput: no resources in time, or a benchmark that can't be run.
         """
-        threads = self.cluster.benchmark_cpus
-        self._engines = self._engines or list(self.shared) or engines(self.config, self.cluster)
-        nodes = ray.get([engine.node.remote() for engine in self._engines])
-        work = [{"CPU": threads, f"node:{node}": 0.001} for node in nodes]  # Ray's own resource of that one node
+        engine = self._idle.get() or self._started()
         try:
-            with Reservation(work, self.config.resources.wait_seconds, "benchmarks"):
-                found = ray.get(
-                    [
-                        engine.score.remote(checkpoint / MODEL, part, self.config.seed, progress)
-                        for engine, part in zip(self._engines, self.parts, strict=True)
-                    ]
+            node = ray.get(engine.node.remote())
+            work = {"CPU": self.cluster.benchmark_cpus, f"node:{node}": 0.001}  # Ray's own resource of that one node
+            with Reservation([work], self.config.resources.wait_seconds, "benchmarks"):
+                found: dict[str, Any] = ray.get(
+                    engine.score.remote(checkpoint / MODEL, benchmark, self.config.seed, progress)
                 )
         except Exception:
-            self.release()
-            self.shared = ()  # they may be gone for good; another try has engines of its own
+            self._end(engine)
+            self._idle.put(None)  # it may be gone for good, a shared one, too: another try has its own
             raise
+        self._idle.put(engine)
+        return found
+
+    def scored(self) -> None:
+        """A checkpoint has all its scores: what others need is given back."""
         if not self.cluster.keep_engine:
             self.release()
-        scores = {name: score for part in found for name, score in part.items()}
-        return {benchmark.name: scores[benchmark.name] for benchmark in self.config.benchmarks}
 
     def release(self) -> None:
         """Stop the engines and give their memory back; shared ones stay."""
-        for engine in [] if self.shared else self._engines:
+        for idle in [self._idle.get() for _ in range(self._idle.qsize())]:
+            self._idle.put(None if idle in self._own else idle)
+        for engine in list(self._own):
+            self._end(engine)
+
+    def _started(self) -> Any:
+        (engine,) = engines(self.config, self.cluster, 1)
+        self._own.append(engine)
+        return engine
+
+    def _end(self, engine: Any) -> None:
+        if engine in self._own:
+            self._own.remove(engine)
             ray.kill(engine)
-        self._engines = []

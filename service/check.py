@@ -7,7 +7,6 @@ here) is listed, so that a run meant for a cluster can be checked on a laptop.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -24,12 +23,18 @@ from ideal.config import Config
 from ideal.config_inputs import Source
 from ideal.domains import prepare, starting_volumes
 from ideal.errors import BadInput
-from ideal.model import load_tokenizer, local_folder, read_template, shapes, smollm2_tokenizer
-from ideal.sources import files_of, messages, rows
+from ideal.model import check_tensors, load_tokenizer, shapes, smollm2_tokenizer
+from ideal.model_files import local_folder, read_template
+from ideal.row_files import files_of
+from ideal.sources import messages, rows
 from service import cluster
+from service.handed_over import check_server
 from service.memory import GIB
 from service.plan import Plan, plan
+from service.precision import decide
 from service.remote import remote_of
+from service.room import check_runs
+from service.run import notices, replay
 
 PEEK = 50
 """Rows of a hub dataset that are looked at."""
@@ -42,6 +47,7 @@ def dry_run(config: Config, console: Console) -> None:
         BadInput: the first thing that doesn't hold.
     """
     elsewhere: list[str] = []
+    check_server(config)
     tasks.check(config.benchmarks, allow_code_execution=config.allow_code_execution)
     console.print(f"✓ {len(config.benchmarks)} benchmarks: {', '.join(b.name for b in config.benchmarks)}")
     tokenizer = _tokenizer(config)
@@ -55,13 +61,16 @@ def dry_run(config: Config, console: Console) -> None:
     _check_domains(config, encoder, console, elsewhere)
     try:
         machine = cluster.connect(config) if config.resources.address else cluster.local(config)
-        console.print(f"✓ {machine.describe()}")
+        decision = decide([config], elsewhere.append, begins=bool(config.resources.address))
+        (config,) = decision.configs
+        console.print(f"✓ {machine.describe()}, {decision}")
     except BadInput as problem:
         if problem.where != "resources.gpus":
             raise
         elsewhere.append(str(problem).splitlines()[0])
         wanted = config.resources.gpus or 0
         machine = cluster.share(wanted * 8, wanted, 1, config.resources)
+        config = config.decided("bf16")  # as GPUs have it
     known = shapes(config.model)
     if known is not None:
         _print_plan(plan(config, known, machine), config, machine, console)
@@ -72,12 +81,13 @@ def dry_run(config: Config, console: Console) -> None:
 
 
 def before_start(config: Config) -> None:
-    """What a run would else find only once Ray is up and stages are recorded.
+    """What a run would else find only once Ray is up and stages are recorded; memory and disk: ``service.room``.
 
     Raises:
         BadInput: a file or the model isn't there, a domain has fewer rows than its volume, or this machine has too
             few GPUs.
     """
+    check_server(config)
     tasks.check(config.benchmarks, allow_code_execution=config.allow_code_execution)
     local_folder(config.model)
     read_template(config.model)
@@ -108,6 +118,8 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
         folder = local_folder(config.model)
         try:
             tokenizer = load_tokenizer(folder or Path(config.model.source))
+            if folder:
+                check_tensors(folder)
         except BadInput:
             if folder:
                 raise
@@ -124,9 +136,7 @@ def _check_domains(config: Config, encoder: ChatEncoder | None, console: Console
     remote = [(where, source) for where, source in sources if source.hub]
     for where, source in remote:
         try:
-            peek = source.model_copy(update={"size": PEEK})
-            for place, row in rows(peek, where):
-                _try(encoder, row, source, where, place)
+            _peek(encoder, source.model_copy(update={"size": PEEK}), where)
         except BadInput as problem:
             if not problem.where.endswith(".hub"):
                 raise
@@ -149,13 +159,28 @@ def _check_domains(config: Config, encoder: ChatEncoder | None, console: Console
         )
 
 
-def _try(encoder: ChatEncoder | None, row: dict[str, object] | None, source: Source, where: str, place: str) -> None:
-    try:
-        made = messages(row, source, where)
-        if encoder:
-            encoder.encode(made)
-    except Unusable:
-        return
+def _peek(encoder: ChatEncoder | None, source: Source, where: str) -> None:
+    """Try a source's rows.
+
+    Raises:
+        BadInput: it can't be read, or none of them can be used.
+    """
+    refused: list[str] = []
+    for place, row in rows(source, where):
+        try:
+            made = messages(row, source)
+            if encoder:
+                encoder.encode(made)
+            return
+        except Unusable as reason:
+            refused.append(f"{place}: {reason}")
+    if refused:
+        listed = "\n    ".join(refused[:5])
+        raise BadInput(
+            where,
+            f"none of its first {len(refused)} rows can be used:\n    {listed}",
+            "map their columns with `fields`",
+        )
 
 
 def _sources(config: Config) -> Iterator[tuple[str, Source]]:
@@ -165,23 +190,12 @@ def _sources(config: Config) -> Iterator[tuple[str, Source]]:
 
 
 def _print_plan(found: Plan, config: Config, machine: cluster.Cluster, console: Console) -> None:
+    needed, free = check_runs([config], machine, [replay(config, notices(console))] if config.root.exists() else [])
     console.print(
         f"✓ memory: SFT {found.sft / GIB:.1f} of {found.sft_available / GIB:.1f} GiB × {machine.sft_workers}, "
         f"influence {found.influence / GIB:.1f} of {found.available / GIB:.1f} GiB × {machine.influence_workers} "
         f"in {found.layer_blocks} layer blocks"
     )
-    folder = config.root
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    needed = found.checkpoints + found.scratch
-    if needed > free:
-        raise BadInput(
-            "storage",
-            f"{config.root} has {free / GIB:.1f} GiB free, the run needs {needed / GIB:.1f} GiB "
-            f"({found.scratch / GIB:.1f} for influence scratch)",
-            "free some space, set storage elsewhere, lower influence.blocks or track fewer layers",
-        )
     console.print(f"✓ disk: {needed / GIB:.1f} GiB of {free / GIB:.1f} GiB free in {config.root}", soft_wrap=True)
     if remote := remote_of(config):
         console.print(f"✓ storage: {remote.url} answers", soft_wrap=True)
@@ -189,12 +203,9 @@ def _print_plan(found: Plan, config: Config, machine: cluster.Cluster, console: 
 
 def _print_stages(config: Config, console: Console) -> None:
     if config.method != "equilibrium":
-        console.print(f"  {config.method}: its mixture → SFT → reference loss → benchmarks")
+        first = "the base model" if config.method == "base" else "its mixture → SFT"
+        console.print(f"  {config.method}: {first} → reference loss → benchmarks")
         return
     for number in range(config.equilibrium.iterations + 1):
         last = number == config.equilibrium.iterations
-        if config.equilibrium.scout < 1:
-            share = f"SFT on {config.equilibrium.scout:g} of it → reference loss"
-            console.print(f"  D{number}: {share} → {'SFT → reference loss → benchmarks' if last else 'influence'}")
-        else:
-            console.print(f"  D{number}: SFT → reference loss → {'' if last else 'influence, '}benchmarks")
+        console.print(f"  D{number}: SFT → reference loss → {'' if last else 'influence, '}benchmarks")

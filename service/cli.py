@@ -1,21 +1,34 @@
-"""The ``ideal`` command. Exit status: 0 done, 2 bad input, 1 failed."""
+"""What the ``ideal`` command runs.
+
+Exit status: 0 done, 1 failed, 2 bad input; interrupted: 130 by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP (128 and the
+signal's number, as shells have it).
+
+What a command needs is imported when it is called, after its config is read: the environment that libraries look at
+depends on it, and ``--help`` needs none of them.
+"""
 
 from __future__ import annotations
 
-import sys
+import errno
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ideal.config_file import load
 from ideal.errors import BadInput
-from service.environment import prepare
-from service.failures import StageFailed
+from service import environment, interrupts
+from service.errors import StageFailed
+
+if TYPE_CHECKING:
+    from ideal.config import Config
 
 INTERRUPTED = 130
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of the disk that a user can mend."""
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -34,6 +47,21 @@ Address = Annotated[
 Job = Annotated[str, typer.Argument(help="As `ideal status` lists it.", show_default=False)]
 
 
+def read(config: Path, overrides: list[str] | None, hub: bool = True, changed: Iterable[str] = ()) -> Config:
+    """The config, with the hub out of reach unless it is asked for.
+
+    Args:
+        hub: whether the command reads models or data.
+        changed: fields that get other values, too, which may be on the hub.
+    """
+    from ideal.config_file import load
+
+    loaded = load(config, overrides)
+    inputs = {field.partition(".")[0] for field in changed} & {"model", "domains", "benchmarks"}
+    environment.reach_hub(hub and (bool(inputs) or environment.asks_hub(loaded)))
+    return loaded
+
+
 @app.command()
 def run(
     config: ConfigPath,
@@ -43,13 +71,14 @@ def run(
     ] = False,
 ) -> None:
     """Optimise a mixture: D0, and as many updates of it as the config asks for."""
-    from service import check
-    from service import run as runs
-
-    loaded = load(config, set_)
+    loaded = read(config, set_)
     if dry_run:
+        from service import check
+
         check.dry_run(loaded, Console())
     else:
+        from service import run as runs
+
         runs.run(loaded, Console())
 
 
@@ -67,10 +96,11 @@ def plan(
     tokens_per_example: Annotated[int, typer.Option(min=1, help="Prompt and answer together.")] = 256,
 ) -> None:
     """Predict time and memory of each stage, for this machine or with --gpus for one that isn't there."""
+    loaded = read(config, set_, hub=model is None or not Path(model).exists(), changed=["model"] if model else [])
     from service.forecast import forecast
 
     forecast(
-        load(config, set_),
+        loaded,
         Console(),
         model=model,
         gpus=gpus,
@@ -83,18 +113,20 @@ def plan(
 @app.command()
 def sync(config: ConfigPath, set_: Overrides = None) -> None:
     """Write to MLflow what it missed of a run while it couldn't be reached."""
+    loaded = read(config, set_, hub=False)
     from service import run as runs
 
-    if not runs.sync(load(config, set_), Console()):
+    if not runs.sync(loaded, Console()):
         raise typer.Exit(1)
 
 
 @app.command()
 def fidelity(config: ConfigPath, set_: Overrides = None) -> None:
     """Measure how well each solver's influence predicts what retraining does."""
+    loaded = read(config, set_)
     from service import run as runs
 
-    runs.fidelity(load(config, set_), Console())
+    runs.fidelity(loaded, Console())
 
 
 @app.command()
@@ -114,13 +146,15 @@ def sweep(
     ] = False,
 ) -> None:
     """Run an optimisation for each value, sharing every stage that doesn't depend on it, and say which is best."""
-    from service import sweep as sweeps
-    from service import sweep_report
-
     values = {"equilibrium.m": m.split(",")} if m else {}
     for each in param or []:
         path, _, listed = each.partition("=")
         values[path] = listed.split(",") if listed else []
+    first = [f"{field}={listed[0]}" for field, listed in values.items() if listed]  # it may not hold without
+    read(config, [*(set_ or []), *first], changed=values)
+    from service import sweep as sweeps
+    from service import sweep_report
+
     trials = sweeps.grid(config, set_, values)
     sweep_report.present(
         sweeps.run_trials(trials, Console(), concurrent=concurrent, stop_behind=stop_behind), Console()
@@ -144,6 +178,7 @@ def compare(
     concurrent: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 2,
 ) -> None:
     """Run every method with the same data, training, seeds and benchmarks, and say which is best, and how sure."""
+    read(config, set_, changed=[assignment for settings in also or [] for assignment in settings.split()])
     from service import compare as comparison
 
     comparison.compare(
@@ -160,9 +195,10 @@ def compare(
 @app.command()
 def sensitivity(config: ConfigPath, set_: Overrides = None) -> None:
     """Say how the mixture hangs on the reference set, from a run's records; starts nothing."""
+    loaded = read(config, set_, hub=False)
     from service.sensitivity import examine
 
-    examine(load(config, set_), Console())
+    examine(loaded, Console())
 
 
 @app.command()
@@ -172,9 +208,10 @@ def export(
     set_: Overrides = None,
 ) -> None:
     """Write a run's mixture for other trainers: as data, as sampling probabilities, and as their configs."""
+    loaded = read(config, set_)
     from service import export as exports
 
-    exports.export(load(config, set_), to, Console())
+    exports.export(loaded, to, Console())
 
 
 @app.command()
@@ -185,9 +222,10 @@ def submit(
     follow: Annotated[bool, typer.Option(help="Show its output until it ends.")] = True,
 ) -> None:
     """Run a config on a cluster, as a Ray job of its own; the same run a second time joins the first."""
+    loaded = read(config, set_, hub=False)
     from service import submit as jobs
 
-    if not jobs.submit(load(config, set_), Console(), address, follow=follow):
+    if not jobs.submit(loaded, Console(), address, follow=follow):
         raise typer.Exit(1)
 
 
@@ -229,14 +267,9 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def main() -> None:
-    """The console script's entry."""
-    sys.exit(guarded(sys.argv[1:]))
-
-
 def guarded(arguments: list[str]) -> int:
-    """Run a command; every failure is one message and an exit status."""
-    prepare()
+    """Run a command; every failure is one message and an exit status. Interrupts are ``service.interrupts``'."""
+    environment.prepare()
     error = Console(stderr=True, highlight=False)
     try:
         app(arguments)
@@ -246,9 +279,18 @@ def guarded(arguments: list[str]) -> int:
     except StageFailed as failure:
         error.print(f"[red]failed[/] {escape(str(failure))}", soft_wrap=True)
         return 1
+    except OSError as problem:
+        if problem.errno not in UNWRITABLE:
+            raise
+        what = f"{problem.filename or 'a file'}: {problem.strerror}"
+        error.print(
+            f"[red]error[/] {escape(what)}\n  → make room, or let it be written; the same command goes on",
+            soft_wrap=True,
+        )
+        return 2
     except (KeyboardInterrupt, SystemExit) as end:
         status = INTERRUPTED if isinstance(end, KeyboardInterrupt) else int(end.code or 0)
         if status == INTERRUPTED:  # typer turns Ctrl-C into this exit
-            error.print("stopped; the same command goes on from the last finished stage")
+            error.print(interrupts.GOES_ON)
         return status
     return 0

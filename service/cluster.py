@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from ideal.config import Config, ResourcesConfig
 from ideal.errors import BadInput
+from service.errors import in_a_line
+from service.own_ray import start
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Cluster:
         benchmark_workers: vLLM engines.
         tensor_parallel: GPUs of each, where there are GPUs.
         shared: by several runs, so that none may hold what it doesn't use.
+        memory: bytes of the smallest GPU, or without GPUs of the smallest node; None: this machine's.
     """
 
     cpus: int
@@ -42,6 +45,7 @@ class Cluster:
     shared: bool = False
     benchmark_workers: int = 1
     tensor_parallel: int = 1
+    memory: int | None = None
 
     @property
     def benchmark_gpus(self) -> int:
@@ -115,26 +119,36 @@ def connect(config: Config) -> Cluster:
     Raises:
         BadInput: no Ray at the address, too few resources, or storage that isn't shared by all nodes.
     """
-    address = config.resources.address or os.environ.get("RAY_ADDRESS")
+    address = address_of(config)
     if not ray.is_initialized():
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        try:
-            if address:
-                ray.init(address=address, **options)
-            else:
-                kept = {"num_workers_soft_limit": own_cpus()}  # idle processes; else they go whenever actors work
-                ray.init(address="local", num_cpus=own_cpus(), _system_config=kept, **options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            where = f"no Ray answers at {address}" if address else "Ray doesn't start"
-            raise BadInput(
-                "resources.address", f"{where}: {error}", "check `ray status`, or leave the address out"
-            ) from None
+        if address:
+            _join(address, options)
+        else:
+            start(own_cpus(), options)
     total = ray.cluster_resources()  # type: ignore[no-untyped-call]
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     cluster = share(int(total.get("CPU", 1)), int(total.get("GPU", 0)), len(nodes), config.resources)
+    names = [node["NodeID"] for node in nodes]
     if len(nodes) > 1:
-        _check_shared(config.root, [node["NodeID"] for node in nodes])
-    return cluster
+        _check_shared(config.root, names)
+    return replace(cluster, memory=_smallest(names, cluster.gpus > 0)) if address else cluster
+
+
+def address_of(config: Config) -> str | None:
+    """Of the cluster that runs a config; None: a Ray of its own on this machine."""
+    return config.resources.address or os.environ.get("RAY_ADDRESS")
+
+
+def _join(address: str, options: dict[str, Any]) -> None:
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise BadInput(
+            "resources.address",
+            f"no Ray answers at {address}: {in_a_line(error)}",
+            "check `ray status`, or leave the address out",
+        ) from None
 
 
 def local(config: Config) -> Cluster:
@@ -173,12 +187,14 @@ class Reservation:
         if not self.group.wait(self.seconds):
             remove_placement_group(self.group)
             needed = {k: sum(b.get(k, 0) for b in self.bundles) for b in self.bundles for k in b}
+            alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
             available = ray.available_resources()  # type: ignore[no-untyped-call]
-            free = {k: available.get(k, 0) for k in needed}
+            free = _list({k: available.get(k, 0) for k in needed})
+            has = f"has {free} free" if alive else "has lost all its nodes"
             raise BadInput(
                 self.what,
-                f"needs {_list(needed)}; after {self.seconds} s the cluster has {_list(free)} free",
-                "wait for other jobs, add nodes, or raise resources.wait_seconds",
+                f"needs {_list(needed)}; after {self.seconds} s the cluster {has}",
+                "wait for other jobs, add nodes, or raise resources.wait_seconds" if alive else "see `ray status`",
             )
         return group
 
@@ -209,6 +225,25 @@ def on_one_worker(task: Any, *arguments: Any, cluster: Cluster, seconds: int, wh
 
 def _list(resources: dict[str, float]) -> str:
     return ", ".join(f"{count:g} {name}" for name, count in resources.items())
+
+
+def _smallest(nodes: list[str], gpus: bool) -> int | None:
+    """Bytes of the smallest GPU of these nodes, or of the smallest node; None where none of them says."""
+
+    @ray.remote(num_cpus=0, max_calls=1)  # its process ends, and holds no memory of the GPU
+    def memory() -> int:
+        import psutil
+        import torch
+
+        if not gpus:
+            return int(psutil.virtual_memory().total)
+        devices = range(torch.cuda.device_count())
+        return min((int(torch.cuda.get_device_properties(n).total_memory) for n in devices), default=0)
+
+    calls = [
+        memory.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes
+    ]
+    return min((bytes_ for bytes_ in ray.get(calls) if bytes_), default=None)
 
 
 def _check_shared(root: Path, nodes: list[str]) -> None:

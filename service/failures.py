@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
-from ray.train import ControllerError, WorkerGroupError
 
 from ideal.errors import BadInput
+from service.errors import StageFailed, in_a_line
 from service.stages import Stage
-
-
-class StageFailed(Exception):
-    """A stage that didn't come to its end; the command line exits with 1."""
 
 
 def explain(error: Exception, stage: Stage, name: str) -> Exception:
@@ -22,9 +17,7 @@ def explain(error: Exception, stage: Stage, name: str) -> Exception:
     cause = root_cause(error)
     if isinstance(cause, BadInput):
         return cause
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-        return BadInput("storage", "the disk is full", "free some space; the same command goes on from here")
-    text = " ".join(str(cause).split())[:600]
+    text = in_a_line(cause)
     return StageFailed(
         f"{name} failed: {type(cause).__name__}: {text}\n"
         f"  stage {stage.kind} {stage.fingerprint}; logs: {_logs()}\n"
@@ -37,6 +30,8 @@ def lost(error: Exception) -> bool:
 
     Of training workers Ray Train has tried again by itself; memory that was too small once will be again.
     """
+    from ray.train import WorkerGroupError  # seconds to load, and only needed where something broke
+
     cause = root_cause(error)
     return (
         isinstance(cause, RayError)
@@ -48,6 +43,8 @@ def lost(error: Exception) -> bool:
 
 def root_cause(error: BaseException) -> BaseException:
     """The error that a worker raised, out of what Ray wrapped around it."""
+    from ray.train import ControllerError, WorkerGroupError
+
     if isinstance(error, RayTaskError) and error.cause is not None and error.cause is not error:
         return root_cause(error.cause)
     if isinstance(error, ControllerError):
@@ -59,4 +56,4 @@ def root_cause(error: BaseException) -> BaseException:
 
 def _logs() -> Path:
     session = ray._private.worker.global_worker.node
-    return Path(session.get_session_dir_path()) / "logs" if session else Path("/tmp/ray/session_latest/logs")
+    return Path(session.get_session_dir_path()).resolve() / "logs" if session else Path("/tmp/ray/session_latest/logs")

@@ -18,10 +18,10 @@ import ray
 from ideal.domains import starting_volumes
 from ideal.fidelity import moved
 from ideal.influence import Array, InfluenceTable
-from service.influence import TABLE
+from service.files import TABLE
 from service.progress import Reporter
 from service.retraining import Piece, retrainers, training, training_stage
-from service.stages import Record, Stage
+from service.stages import Record, Stage, Unfinished
 from service.study import Study
 
 
@@ -87,6 +87,19 @@ class Fidelity(Study):
                 {key: future.result() for key, future in again.items()},
                 {key: future.result() for key, future in predictions.items()},
             )
+
+    def kept(self) -> list[Record]:
+        """The recorded trainings that keep their weights."""
+        config = self.config
+        try:
+            self.base = self.base_model()
+            self.data = self.example_sets()
+        except Unfinished:
+            return []
+        volumes = starting_volumes(config, self.data.result)
+        seeds = range(config.seed, config.seed + config.fidelity.seeds)
+        stages = [training_stage(config, seed, volumes, self.base, self.data, keep=True) for seed in seeds]
+        return [found for stage in stages if (found := self.store.find(stage))]
 
     def _training(self, seed: int, volumes: dict[str, int], name: str, keep: bool = False) -> Piece:
         stage = training_stage(self.config, seed, volumes, self.base, self.data, keep)

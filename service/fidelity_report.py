@@ -8,23 +8,30 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ideal.config import Config, EquilibriumConfig
-from ideal.fidelity import Measure, agreement, ceiling, coverage, decided, predicted, slope, widening
+from ideal.config import Config
+from ideal.fidelity import (
+    agreement,
+    attainable,
+    coverage,
+    own_loss,
+    predicted,
+    right_signs,
+    slope,
+    widening,
+)
 from ideal.influence import Array
 from service.fidelity import Findings
 
-FORMS = {"centred": EquilibriumConfig().dilution, "by tokens": 1.0, "uncentred": None}
-"""What ā is subtracted with: the default dilution, which is AdamW's, that of a plain mean, or not at all."""
+FORMS = ("centred", "one dilution", "by tokens", "uncentred")
+"""How influence is counted: as the update does, above the mixture's with AdamW's dilution of each domain; with one
+dilution for all; with that of a plain mean, 1; or as it is."""
+TRIVIAL = "own set's loss, no gradient"
 
-COLUMNS = ["pearson", "single", "spearman", "cosine", "signs", "slope"]
+COLUMNS = ["pearson", "off diagonal", "within sets", "single", "spearman", "slope"]
 SCOPES: dict[str, Callable[[Array], Array]] = {
     "matrix": np.asarray,
     "macro": lambda values: np.asarray(values.mean(-1)),
@@ -33,7 +40,7 @@ SCOPES: dict[str, Callable[[Array], Array]] = {
 
 
 def summary(findings: Findings, config: Config) -> dict[str, Any]:
-    """Every number of the study, JSON-like: mode → scope → ceiling and one entry for each solver and form."""
+    """Every number of the study, JSON-like: mode → scope → what is attainable and an entry for each predictor."""
     found: dict[str, Any] = {
         "domains": findings.domains,
         "volumes": findings.volumes,
@@ -47,30 +54,49 @@ def summary(findings: Findings, config: Config) -> dict[str, Any]:
         scopes: dict[str, Any] = {}
         for scope, of in SCOPES.items():
             truth = of(actual)
-            measured: dict[str, Any] = {
-                "decided": f"{int(decided(truth).sum())} of {truth[0].size}",
-                "ceiling": _plain(ceiling(truth, config.seed)),
-                "solvers": {},
-            }
+            tried = {TRIVIAL: of(by_own_loss(findings, mode, config))}
             for solver in findings.tables:
-                for form, dilution in FORMS.items():
-                    prediction = of(predictions(findings, solver, mode, dilution))
-                    measured["solvers"][f"{solver}, {form}"] = _plain(agreement(prediction, truth, config.seed))
-            scopes[scope] = measured
+                for form in FORMS:
+                    tried[f"{solver}, {form}"] = of(predictions(findings, solver, mode, config, form))
+            scopes[scope] = {
+                "entries": int(truth[0].size),
+                "decided": right_signs(truth, truth)[1],
+                "attainable": {
+                    name: {"halves": h, "value": v} for name, (h, v) in attainable(truth, config.seed).items()
+                },
+                "solvers": {name: _measured(prediction, truth) for name, prediction in tried.items()},
+            }
         found["modes"][mode] = {
             **scopes,
             "actual": actual.mean(0).tolist(),
             "standard_error": (actual.std(0, ddof=1) / np.sqrt(len(actual))).tolist(),
-            "predicted": {solver: predictions(findings, solver, mode).mean(0).tolist() for solver in findings.tables},
+            "predicted": {
+                solver: predictions(findings, solver, mode, config).mean(0).tolist() for solver in findings.tables
+            },
             "coverage": {solver: covered(findings, solver, mode, config) for solver in findings.tables},
         }
     return found
 
 
-def predictions(findings: Findings, solver: str, mode: str, dilution: float | None = FORMS["centred"]) -> Array:
+def predictions(findings: Findings, solver: str, mode: str, config: Config, form: str = FORMS[0]) -> Array:
     """[S, M, R] predicted dQ_r/dβ_j."""
     influence = np.array([table.matrix() for table in findings.tables[solver]])
-    return predicted(influence, findings.volumes, findings.tokens, mode, dilution)
+    crowding = np.array([table.crowding for table in findings.tables[solver]]) * (form == "centred")
+    dilution = {"by tokens": 1.0, "uncentred": None}.get(form, config.equilibrium.dilution)
+    return predicted(influence, crowding, findings.volumes, findings.tokens, mode, dilution)
+
+
+def by_own_loss(findings: Findings, mode: str, config: Config) -> Array:
+    """[S, M, R] the same by the trivial rule, from each seed's reference losses alone."""
+    rule = own_loss(findings.base)
+    dilution = config.equilibrium.dilution
+    return predicted(rule, np.zeros_like(rule), findings.volumes, findings.tokens, mode, dilution)
+
+
+def _measured(prediction: Array, truth: Array) -> dict[str, Any]:
+    right, of = right_signs(prediction, truth)
+    measures = {name: asdict(measure) for name, measure in agreement(prediction, truth).items()}
+    return {**measures, "signs": {"value": right / of if of else float("nan"), "right": right, "of": of}}
 
 
 def covered(findings: Findings, solver: str, mode: str, config: Config) -> dict[str, float]:
@@ -87,11 +113,12 @@ def covered(findings: Findings, solver: str, mode: str, config: Config) -> dict[
     for table in findings.tables[solver]:
         for factor, found in bounds.items():
             cloud = table.resampled(settings.resamples, config.seed, factor)
-            moves = predicted(cloud, findings.volumes, findings.tokens, mode, FORMS["centred"])
+            dilution = config.equilibrium.dilution
+            moves = predicted(cloud, table.crowding, findings.volumes, findings.tokens, mode, dilution)
             found.append(np.quantile(moves, [tail, 1 - tail], axis=0))
     low, high = np.array(bounds[settings.widening]).transpose(1, 0, 2, 3)
     narrow = np.array(bounds[1.0]).transpose(1, 0, 2, 3)
-    values, actual = predictions(findings, solver, mode), findings.actual[mode].mean(0)
+    values, actual = predictions(findings, solver, mode, config), findings.actual[mode].mean(0)
     truth = actual / slope(values.mean(0), actual)
     factor, held = widening(narrow[0], values, narrow[1], truth, settings.confidence)
     return {
@@ -110,14 +137,18 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]
             measured = scopes[scope]
             heading = (
                 f"fixed {mode}, {'every domain on every reference set' if scope == 'matrix' else 'their mean'}: "
-                f"{measured['decided']} signs decided"
+                f"{measured['decided']} of {measured['entries']} signs decided"
             )
-            top = measured["ceiling"]
-            rows = [["half the seeds by the other half", *(_cell(top.get(c)) for c in COLUMNS), ""]]
+            columns = [c for c in COLUMNS if c in measured["solvers"][TRIVIAL]]
+            rows = [
+                [name, *(_number(measured["attainable"].get(c, {}).get(key)) for c in columns), "", ""]
+                for name, key in (("half the seeds by the other half", "halves"), ("a perfect predictor", "value"))
+            ]
             for name, values in measured["solvers"].items():
-                solver = name.partition(",")[0]
-                rows.append([name, *(_cell(values[c]) for c in COLUMNS), f"{found['seconds'][solver]:.0f}"])
-            shown.append((heading, ["predictor", *COLUMNS, "seconds"], rows))
+                seconds = found["seconds"].get(name.partition(",")[0])
+                signs = f"{values['signs']['right']} of {values['signs']['of']}"
+                rows.append([name, *(_cell(values[c]) for c in columns), signs, _number(seconds, ".0f")])
+            shown.append((heading, ["predictor", *columns, "signs", "seconds"], rows))
     return shown
 
 
@@ -132,15 +163,16 @@ def rich_tables(found: dict[str, Any]) -> list[Table]:
     return made
 
 
-def scatter(findings: Findings, found: dict[str, Any]) -> Figure:
+def scatter(findings: Findings, found: dict[str, Any], config: Config) -> Figure:
     """Predicted against actual change: a row for each mode, a column for each solver, a colour for each domain."""
     modes, solvers = list(findings.actual), list(findings.tables)
     size = (3.1 * len(solvers), 3.1 * len(modes))
-    figure, grid = plt.subplots(len(modes), len(solvers), figsize=size, layout="constrained", squeeze=False)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(modes), len(solvers), squeeze=False)
     for row, mode in zip(grid, modes, strict=True):
         actual = findings.actual[mode].mean(0)
         for axes, solver in zip(row, solvers, strict=True):
-            prediction = predictions(findings, solver, mode).mean(0)
+            prediction = predictions(findings, solver, mode, config).mean(0)
             for j, domain in enumerate(findings.domains):
                 axes.scatter(prediction[j], actual[j], s=14, label=domain)
             fit = slope(prediction, actual)
@@ -161,9 +193,8 @@ def write(folder: Path, findings: Findings, config: Config) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     found = summary(findings, config)
     (folder / "fidelity.json").write_text(json.dumps(found, indent=1))
-    figure = scatter(findings, found)
+    figure = scatter(findings, found, config)
     figure.savefig(folder / "fidelity.png", dpi=110)
-    plt.close(figure)
     (folder / "fidelity.md").write_text(markdown(found, config))
     return found
 
@@ -173,10 +204,15 @@ def markdown(found: dict[str, Any], config: Config) -> str:
     lines = [
         f"# {config.name}: how far influence predicts retraining",
         "",
-        f"{found['seeds']} seeds; every volume moved by ±{found['change']:.0%}. In brackets: "
-        "90 % bootstrap intervals over seeds; of the ceiling, the middle 90 % of halvings. `single`: Pearson of one "
-        "seed's prediction, which is what a run has. `centred`: above the mixture's mean as AdamW dilutes it "
-        f"(`equilibrium.dilution` {FORMS['centred']:g}); `by tokens`: as a plain mean over tokens does (1).",
+        f"{found['seeds']} seeds; every volume moved by ±{found['change']:.0%}. In brackets: 90 % intervals by leaving "
+        "out seeds (jackknife). *Off diagonal*: of domains on others' sets. *Within sets*: mean over sets of the "
+        "correlation over domains. *Single*: of one seed's prediction, which is what a run has. *Signs*: right ones of "
+        "those that the retrainings decide. *A perfect predictor* reaches √(2h/(1+h)), where halves of the seeds agree "
+        "by h. *Own set's loss*: each domain helps its own set alone, in proportion to that set's loss.",
+        "",
+        f"`centred`: above the mixture's mean as AdamW dilutes it (`equilibrium.dilution` "
+        f"{config.equilibrium.dilution:g}), more by noisier domains; `one dilution`: the same by all domains; `by "
+        "tokens`: as a plain mean over tokens does (1).",
         "",
     ]
     for heading, columns, rows in tables(found):
@@ -208,7 +244,7 @@ def markdown(found: dict[str, Any], config: Config) -> str:
 def metrics(found: dict[str, Any]) -> dict[str, float]:
     """The study's figures by name, as MLflow takes them: measure/mode/scope/solver."""
     return {
-        f"{name}/{mode}/{scope}/{solver.replace(', ', '-')}": measure["value"]
+        f"{name.replace(' ', '-')}/{mode}/{scope}/{_metric(solver)}": measure["value"]
         for mode, scopes in found["modes"].items()
         for scope in SCOPES
         for solver, measures in scopes[scope]["solvers"].items()
@@ -217,11 +253,14 @@ def metrics(found: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _plain(measures: dict[str, Measure]) -> dict[str, Any]:
-    return {name: asdict(measure) for name, measure in measures.items()}
+def _metric(predictor: str) -> str:
+    """A predictor's name in the characters that MLflow takes."""
+    return predictor.replace(", ", "-").replace(" ", "-").replace("'", "")
 
 
-def _cell(measure: dict[str, float] | None) -> str:
-    if measure is None:
-        return ""
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _cell(measure: dict[str, float]) -> str:
     return f"{measure['value']:.2f} [{measure['low']:.2f}, {measure['high']:.2f}]"

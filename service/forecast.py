@@ -16,10 +16,12 @@ from ideal import model as models
 from ideal.config import Config
 from ideal.config_inputs import Source
 from ideal.errors import BadInput
+from ideal.precision import probe
 from ideal.sources import rows
 from service import cluster
 from service.memory import GIB, Sizes
 from service.plan import Plan, estimate
+from service.precision import decide
 from service.times import ABSENT_GPU, Seconds, Work, calibrate, seconds
 
 TOKENS_PER_EXAMPLE = 256
@@ -61,12 +63,16 @@ def forecast(
     work, notes = read_work(config, tokens_per_example)
     if here:
         machine, memory = here, None
+        decision = decide([config], notes.append, begins=False)
+        (config,) = decision.configs
+        notes.append(f"computed in {decision}; measured here: {probe()}")
         alone = calibrate(config, shapes, 1)
         together = alone if machine.gpus or machine.sft_cpus == 1 else calibrate(config, shapes, machine.sft_cpus)
         notes.insert(0, f"measured here, one influence worker: {alone}")
         if together is not alone:
             notes.insert(1, f"measured here, one SFT worker of {machine.sft_cpus} CPUs: {together}")
     else:
+        config = config.decided("bf16")  # as GPUs have it
         count = gpus or config.resources.gpus or 1
         wanted = config.resources.model_copy(update={"gpus": count})
         machine, memory = cluster.share(count * 8, count, 1, wanted), read_bytes(gpu_memory or "80GB")
@@ -79,8 +85,7 @@ def forecast(
     console.print(_table(found, machine, taken))
     if found.sft_fits and found.influence_fits:
         rounds = config.equilibrium.iterations
-        scout = config.equilibrium.scout
-        total = (rounds + 1) * (scout * taken.sft + taken.reference) + (scout < 1) * (taken.sft + taken.reference)
+        total = (rounds + 1) * (taken.sft + taken.reference)
         total += rounds * (taken.influence_pass + taken.influence_solve)
         console.print(f"D0 to D{rounds} without benchmarks: {_time(total)}")
     console.print(

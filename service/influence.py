@@ -21,24 +21,23 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from transformers import AutoConfig
 
-from ideal.batches import length
 from ideal.config import Config
+from ideal.costs import PASSES, input_tokens, of_influence
 from ideal.curvature.layers import input_group, layer_shapes
 from ideal.errors import BadInput
 from ideal.influence import shard
 from ideal.lora import base_of
-from ideal.products import block_products, combined, table_of
-from ideal.sampled import curvature_blocks
+from ideal.products import combined, table_of
+from ideal.sampled import curvature_blocks, tokens_and_weights
 from ideal.solvers import coupled
 from service.cluster import Cluster, Reservation
-from service.files import for_influence
+from service.files import TABLE, for_influence
 from service.influence_actor import InfluenceActor
 from service.memory import cut
 from service.progress import Reporter
 from service.sample import Sample
 from service.stages import WORK
 
-TABLE = "influence.safetensors"
 Shapes = dict[str, tuple[int, int]]
 
 
@@ -59,7 +58,7 @@ def influence(
         layer_blocks: parts the tracked layers are cut in.
 
     Returns:
-        layers, conditions, tokens, actors, pass_seconds, solve_seconds.
+        layers, conditions, tokens, passes, actors, pass_seconds, solve_seconds.
 
     Raises:
         BadInput: no layer matches, or no resources in time.
@@ -127,16 +126,16 @@ def influence(
         damping = [part for layer in shapes if (part := layers[layer].damping) is not None]
         products = combined(products, np.sum(forms, 0), damping, config.influence.blocks)
     sizes = [tokens[index] for index in range(len(blocks))]
-    by_set = np.array([float(size) for size, _ in sizes]).reshape(-1, config.influence.blocks)
-    domains = len(sample.volumes)
-    rows = [block_products(p, by_set, domains) for p in products.values()]
-    table_of(rows, sizes, domains, config.influence.blocks).save(folder / TABLE)
+    _, weights = tokens_and_weights(blocks, len(sample.volumes), config.influence.blocks)
+    table_of(list(products.values()), sizes, weights, config.influence.blocks).save(folder / TABLE)
+    applied = max(part.applied for part in layers.values())
     return {
         "layers": list(shapes),
         "conditions": {layer: layers[layer].condition for layer in shapes},
         "repaired": {layer: layers[layer].ridge for layer in shapes if layers[layer].ridge},
         "residual": max(part.residual for part in layers.values()),
-        "tokens": sum(length(item) for block in blocks for item in block.items),
+        "tokens": input_tokens(item for block in blocks for item in block.items),
+        PASSES: of_influence(blocks, len(sample.volumes), config.influence, applied),
         "actors": len(groups) * shards,
         "pass_seconds": round(passed - started, 3),
         "solve_seconds": round(time.monotonic() - passed, 3),

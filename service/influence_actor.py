@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ from ideal.curvature.kfac import Divided, Eigen, Eigenbasis, Inverse
 from ideal.curvature.layers import input_group
 from ideal.influence import Array
 from ideal.model import DTYPES, device, load_model
-from ideal.products import set_sums, with_sets
-from ideal.sampled import curvature_blocks, factor_shares
+from ideal.products import crowded_means, set_sums, with_sets
+from ideal.sampled import curvature_blocks, tokens_and_weights
 from ideal.solvers import (
     FACTORED,
     Diagonal,
@@ -57,10 +58,11 @@ class Solved:
     """A layer's products, and how well its system was behaved.
 
     Attributes:
-        products: [blocks, sets] ⟨x_s, g_b⟩.
+        products: [blocks + M, sets] ⟨x_s, g_b⟩, and below them ``crowded_means``'.
         condition: of its curvature, before damping; 1 for solvers without.
         ridge: what a factor needed on its diagonal to be decomposed, as a multiple of its mean eigenvalue.
         residual: of `exact`, relative, the largest of all sets; 0 for the others.
+        applied: how many times `exact` applied the curvature.
         damping: [sets, sets] the layer's part of UᵀΛU, for `joint`.
     """
 
@@ -68,6 +70,7 @@ class Solved:
     condition: float = 1.0
     ridge: float = 0.0
     residual: float = 0.0
+    applied: int = 0
     damping: Array | None = None
 
 
@@ -79,6 +82,7 @@ class InfluenceActor:
         self.model, self.sample, self.layers, self.scratch, self.config = model, sample, layers, scratch, config
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.system: GaussNewton | None = None
+        self.counts: tuple[Array, list[float]] | None = None
         self.device = device()
         if self.device.type == "cpu":
             torch.set_num_threads(1)
@@ -91,8 +95,8 @@ class InfluenceActor:
         """
         settings = self.config.influence
         model = load_model(self.model, DTYPES[settings.precision], self.device)
-        everything = self.sample.blocks()
-        blocks = [everything[index] for index in members]
+        sampled = self.sample.blocks()
+        blocks = [sampled[index] for index in members]
         sizes: dict[int, tuple[int, float]] = {}
 
         def keep(block: Block, found: BlockGradient) -> None:
@@ -112,7 +116,6 @@ class InfluenceActor:
             batch_tokens=self.config.resources.batch_tokens,
             device=self.device,
             done=keep,
-            shares=factor_shares(everything, settings),
         )
         factors = {f"A/{name}": value.cpu() for name, value in sums.a.items()}
         factors |= {f"S/{name}": value.cpu() for name, value in sums.s.items()}
@@ -161,7 +164,7 @@ class InfluenceActor:
         settings = self.config.influence
         own = self._own(layer) if coupled(settings.solver, settings) else None
         solved = solutions(solver, self._set_sums(layer), len(self.sample.volumes), settings, own)
-        products = with_sets(solved, self._gradients(layer))
+        products = self._products(layer, solved)
         damping = None
         if own is not None:
             damping = damping_forms(solved, own)
@@ -222,7 +225,11 @@ class InfluenceActor:
             limit=settings.products,
         )
         return {
-            layer: Solved(with_sets(solution.vectors[layer], self._gradients(layer)), residual=max(solution.residuals))
+            layer: Solved(
+                self._products(layer, solution.vectors[layer]),
+                residual=max(solution.residuals),
+                applied=solution.products,
+            )
             for layer in self.layers
         }
 
@@ -283,6 +290,15 @@ class InfluenceActor:
         """[d_out, d_in] every block's gradient of a layer, one after another."""
         blocks = 2 * len(self.sample.volumes) * self.config.influence.blocks
         return (self._read(f"block-{index}", layer) for index in range(blocks))
+
+    def _products(self, layer: str, solved: torch.Tensor) -> Array:
+        if self.counts is None:  # the same for all layers
+            self.counts = tokens_and_weights(
+                self.sample.blocks(), len(self.sample.volumes), self.config.influence.blocks
+            )
+        tokens, weights = self.counts
+        crowded = crowded_means(self._gradients(layer), tokens[: len(weights)], weights)
+        return with_sets(solved, chain(self._gradients(layer), crowded))
 
     def _set_sums(self, layer: str) -> torch.Tensor:
         return set_sums(self._gradients(layer), self.config.influence.blocks)

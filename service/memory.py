@@ -32,6 +32,7 @@ from ideal import lora
 from ideal.config import Config, LoraConfig
 from ideal.curvature.joint import TANGENTS, at_once
 from ideal.curvature.layers import input_group, layer_shapes
+from ideal.precision import ByPrecision
 from ideal.solvers import FACTORED, needs_eigenvectors, needs_factors
 
 GIB = 2**30
@@ -39,7 +40,7 @@ GIB = 2**30
 SUPERVISED = 0.5
 """Share of a batch's tokens that is supervised: answers, not prompts. Assumed."""
 
-WIDTH = {"bf16": 2, "fp32": 4}
+WIDTH = ByPrecision(bf16=2, fp32=4)
 """Bytes of a number."""
 
 TRAINED_LOGIT = 12

@@ -21,5 +21,8 @@ def run_folder(config: Config) -> Path:
 
 
 def run_name(config: Config) -> str:
-    """The config's name with the run's fingerprint: what reports and jobs are called."""
+    """The config's name with the run's fingerprint: what reports and jobs are called.
+
+    A job's name is that of its config as it was given: which precision `auto` is, is decided where it runs.
+    """
     return f"{config.name}-{run_key(config)}"

@@ -30,6 +30,13 @@ USABLE = 0.85
 """Share of a device's memory that is planned with; the rest is for what a plan doesn't see."""
 
 
+DAMPING = 2
+"""Bytes of the optimiser's diagonal that SFT leaves for influence, by trained parameter."""
+
+MASTER = 12
+"""Bytes of SFT's state by trained parameter: weights and two moments in fp32."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Bytes and counts; ``service.memory`` says what is in them.
@@ -45,7 +52,9 @@ class Plan:
         available: what one has.
         workers: that influence has; layer blocks × shards of them are used.
         scratch: on disk, while an influence is computed.
-        checkpoints: on disk, for good, all iterations together.
+        state: on disk, while SFT runs: what it can go on from, and the next of these while that is written.
+        checkpoint: on disk, for good, of one SFT.
+        checkpoints: of all iterations together.
     """
 
     parameters: int
@@ -60,6 +69,8 @@ class Plan:
     available: int
     workers: int
     scratch: int
+    state: int
+    checkpoint: int
     checkpoints: int
 
     @property
@@ -90,10 +101,11 @@ def plan(config: Config, shapes: PretrainedConfig, cluster: Cluster, device_memo
         device_memory: bytes of one worker's device or share of the machine. Default: this machine's.
 
     Raises:
-        BadInput: SFT, influence's pass in any number of layer blocks, or its solve doesn't fit.
+        BadInput: SFT, the reference loss or, where the method has an influence, its pass in any number of layer blocks
+            or its solve doesn't fit.
     """
     found = estimate(config, shapes, cluster, device_memory)
-    if not found.sft_fits:
+    if not found.sft_fits and config.method != "base":
         raise BadInput(
             "model.source",
             f"SFT of {found.parameters / 1e9:.2f} B parameters needs {found.sft / GIB:.1f} GiB in each worker, "
@@ -101,6 +113,15 @@ def plan(config: Config, shapes: PretrainedConfig, cluster: Cluster, device_memo
             f"{'' if config.sft.lora else 'train adapters (sft.lora), use more workers (they share it), '}"
             "take a smaller model, fewer resources.batch_tokens, or resources.gradient_checkpointing",
         )
+    if found.reference > found.sft_available:
+        raise BadInput(
+            "model.source",
+            f"the reference loss needs {found.reference / GIB:.1f} GiB in one worker, which has "
+            f"{found.sft_available / GIB:.1f} GiB",
+            "take a smaller model, or fewer resources.batch_tokens",
+        )
+    if config.method != "equilibrium":
+        return found
     if found.influence_solve > found.available:
         raise BadInput(
             "influence.layers",
@@ -154,6 +175,8 @@ def estimate(
         whole = max(reading, sharded_memory(config, sizes, supervised, workers) + mean // workers)
     copies = 2 if config.influence.averaged else 1
     kept = WIDTH[config.influence.precision] if config.influence.joint else 0
+    checkpoint = sizes.trained * (WIDTH[config.sft.precision] * copies + DAMPING)
+    state = sizes.trained * (MASTER + (WIDTH["fp32"] if config.influence.averaged else 0))
     return Plan(
         sizes.parameters,
         tracked,
@@ -167,10 +190,9 @@ def estimate(
         available,
         cluster.influence_workers,
         tracked * 2 * (4 * units(config) + kept * len(config.domains)),
-        (config.equilibrium.iterations + 1 + (config.equilibrium.scout < 1))
-        * sizes.trained
-        * WIDTH[config.sft.precision]
-        * copies,
+        2 * state,
+        checkpoint,
+        (config.equilibrium.iterations + 1) * checkpoint,
     )
 
 
@@ -191,7 +213,10 @@ def filling(blocks: int, workers: int) -> int:
 
 
 def worker_memory(cluster: Cluster, workers: int) -> int:
-    """Bytes of one of so many workers at a time: a GPU's, or its share of this machine's."""
+    """Bytes of one of so many workers at a time: a GPU's, or its share of the machine's that has most of them."""
+    if cluster.gpus and cluster.memory:
+        return cluster.memory
     if cluster.gpus and torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(0).total_memory)
-    return psutil.virtual_memory().total // workers
+    beside = min(workers, max(1, cluster.cpus // cluster.nodes))
+    return (cluster.memory or psutil.virtual_memory().total) // beside

@@ -15,8 +15,8 @@ import numpy as np
 import ray
 import torch
 
-from ideal.batches import length
 from ideal.config import Config
+from ideal.costs import FORWARD, PASSES, input_tokens
 from ideal.examples import ExampleSet
 from ideal.lora import whole_weights
 from ideal.methods import doge as doge_method
@@ -28,7 +28,7 @@ from ideal.training import Trainer, number_of_steps
 from service.cluster import Cluster, on_one_worker
 from service.files import MODEL, reference_file, train_file
 from service.progress import Reporter
-from service.reference import losses_of, means
+from service.reference import losses_of
 
 EVERY_STEP = "weights.json"
 
@@ -65,18 +65,21 @@ def doremi(work: Work, folder: Path, reference: Path) -> dict[str, Any]:
     """DoReMi's weights, given the Joint SFT's stage folder.
 
     Returns:
-        weights (each domain's share of the tokens, the mean over steps), tokens (that a model passed over).
+        weights (each domain's share of the tokens, the mean over steps), passes.
     """
     return _on_a_worker(work, _doremi, folder, reference)
 
 
-def doge(work: Work, folder: Path) -> dict[str, Any]:
+def doge(work: Work, folder: Path, wanted: list[float]) -> dict[str, Any]:
     """DOGE's weights.
 
+    Args:
+        wanted: each reference set's weight in what is minimised.
+
     Returns:
-        weights (each domain's share of the tokens, the mean over steps), tokens (that the model passed over).
+        weights (each domain's share of the tokens, the mean over steps), passes.
     """
-    return _on_a_worker(work, _doge, folder)
+    return _on_a_worker(work, _doge, folder, wanted)
 
 
 def merged(work: Work, models: Sequence[Path], shares: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def merged(work: Work, models: Sequence[Path], shares: Sequence[Sequence[float]]
         shares: one of each model, for every average.
 
     Returns:
-        losses (by reference set, of every average), tokens (that a model passed over).
+        losses (by reference set, of every average), passes.
     """
     return _on_a_worker(work, _merged, list(models), shares)
 
@@ -117,9 +120,10 @@ def _doremi(work: Work, folder: Path, reference: Path) -> dict[str, Any]:
     return _watched(work, found, folder)
 
 
-def _doge(work: Work, folder: Path) -> dict[str, Any]:
+def _doge(work: Work, folder: Path, wanted: list[float]) -> dict[str, Any]:
     config, pools, references = work.config, work.pools(), work.references()
-    found = doge_method.weights(work.trainer(), pools, references, work.total, config.seed, config.methods.doge_step)
+    weights, drive = np.array(wanted), config.methods.doge_drive
+    found = doge_method.weights(work.trainer(), pools, references, weights, work.total, config.seed, drive)
     return _watched(work, found, folder)
 
 
@@ -131,18 +135,18 @@ def _merged(work: Work, models: list[Path], shares: Sequence[Sequence[float]]) -
     losses = []
     for each in shares:
         merge_method.average(model, read, each)
-        found = means(losses_of(model, work.data, work.volumes, where, config.resources.batch_tokens, work.progress))
-        losses.append({domain: row["loss"] for domain, row in found.items()})
-    once = sum(length(item) for reference in work.references().values() for item in reference)
-    return {"losses": losses, "tokens": once * len(shares)}
+        found = losses_of(model, work.data, work.volumes, where, config.resources.batch_tokens, work.progress)
+        losses.append({domain: sum(each) / sum(tokens) for domain, (each, tokens) in found.items()})
+    once = sum(input_tokens(reference) for reference in work.references().values())
+    return {"losses": losses, PASSES: FORWARD * once * len(shares)}
 
 
 def _watched(work: Work, found: Iterator[Stepped], folder: Path) -> dict[str, Any]:
-    """The mean of a proxy's weights over its steps, and the tokens that they took."""
-    total, every, tokens = number_of_steps(work.total, work.config.sft), [], 0
+    """The mean of a proxy's weights over its steps, and the passes that they took."""
+    total, every, passes = number_of_steps(work.total, work.config.sft), [], 0
     for number, each in enumerate(found):
         every.append(each.alpha.tolist())
-        tokens += each.tokens
+        passes += each.passes
         work.progress(" ".join(f"{weight:.2f}" for weight in each.alpha), number + 1, total)
     (folder / EVERY_STEP).write_text(json.dumps(every))
-    return {"weights": dict(zip(work.volumes, np.mean(every, 0).tolist(), strict=True)), "tokens": tokens}
+    return {"weights": dict(zip(work.volumes, np.mean(every, 0).tolist(), strict=True)), PASSES: passes}

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ideal.config import Config
+from ideal.costs import FORWARD, PASSES, input_tokens
 from ideal.examples import ExampleSet
 from ideal.model import DTYPES, device, load_model
 from ideal.training import example_losses
@@ -34,12 +35,12 @@ def reference_losses(
     cluster: Cluster,
     progress: Reporter,
 ) -> dict[str, Any]:
-    """Each reference set's loss (mean per supervised token, nats) and tokens; each example's go to ``folder``."""
+    """Each set's loss (mean per supervised token, nats), tokens and passes; each example's loss goes to ``folder``."""
     arguments = (checkpoint / MODEL, data, domains, config, cluster.sft_cpus, progress)
     seconds = config.resources.wait_seconds
     found: Losses = on_one_worker(_losses, *arguments, cluster=cluster, seconds=seconds, what="reference loss")
     (folder / BY_EXAMPLE).write_text(json.dumps(found))
-    return means(found)
+    return means(found, data)
 
 
 @ray.remote
@@ -65,6 +66,13 @@ def losses_of(
     return found
 
 
-def means(losses: Losses) -> dict[str, Any]:
-    """Each set's loss (mean per supervised token, nats) and tokens."""
-    return {name: {"loss": sum(each) / sum(tokens), "tokens": sum(tokens)} for name, (each, tokens) in losses.items()}
+def means(losses: Losses, data: Path) -> dict[str, Any]:
+    """Each set's loss (mean per supervised token, nats), supervised tokens, and passes that it took."""
+    return {
+        name: {
+            "loss": sum(each) / sum(tokens),
+            "tokens": sum(tokens),
+            PASSES: FORWARD * input_tokens(ExampleSet.load(reference_file(data, name))),
+        }
+        for name, (each, tokens) in losses.items()
+    }

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from ideal.config import Config
-from ideal.equilibrium import token_weights
+from ideal.equilibrium import values
+from ideal.influence import Array
 from ideal.pairs import Pair, pairs
-from ideal.solvers import coupled
 from service.mixtures import Iteration, Outcome
+from service.stages import Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Rows = list[tuple[str, list[list[str]]]]
 """Groups: (heading, rows of label and one cell for each iteration)."""
@@ -69,6 +68,7 @@ def summary(outcome: Outcome) -> dict[str, Any]:
         "stopped": outcome.stopped,
         "equilibrium": outcome.equilibrium.volumes,
         "data": outcome.data.result,
+        "stages": [[r.kind, r.fingerprint, r.seconds] for r in outcome.records],
         "iterations": [
             {
                 "name": label(i),
@@ -79,11 +79,10 @@ def summary(outcome: Outcome) -> dict[str, Any]:
                 "reference": i.reference.result,
                 "benchmarks": i.benchmark.result if i.benchmark else None,
                 "influence": i.table.matrix().tolist() if i.table else None,
+                "curvature": i.influence.result if i.influence else None,
                 "update": vars(i.update) if i.update else None,
                 "stages": {
-                    r.kind: {"fingerprint": r.fingerprint, "seconds": r.seconds}
-                    for r in (i.sft, i.reference, i.influence, i.benchmark)
-                    if r
+                    name: {"fingerprint": r.fingerprint, "seconds": r.seconds} for name, r in _stages(i).items()
                 },
                 "sft": i.sft.result,
             }
@@ -99,8 +98,15 @@ def named_pairs(config: Config, outcome: Outcome) -> dict[str, Any] | None:
         return None
     domains, settings = list(last.volumes), config.influence
     tokens = [outcome.data.result[domain]["tokens_per_example"] for domain in domains]
-    weights = token_weights(list(last.volumes.values()), tokens)
-    found = pairs(last.table, weights, resamples=settings.resamples, confidence=settings.confidence, seed=config.seed)
+    volumes, dilution = list(last.volumes.values()), config.equilibrium.dilution
+    crowding = last.table.crowding.T
+
+    def worth(influence: Array) -> Array:
+        """[..., M, R] what an example of each domain is worth to each set."""
+        by_set = np.swapaxes(influence, -1, -2)
+        return np.swapaxes(values(by_set, crowding, volumes, tokens, "balanced", dilution), -1, -2)
+
+    found = pairs(last.table, worth, resamples=settings.resamples, confidence=settings.confidence, seed=config.seed)
 
     def named(pair: Pair) -> dict[str, Any]:
         return {**vars(pair), "domain": domains[pair.domain], "reference": domains[pair.reference]}
@@ -109,26 +115,39 @@ def named_pairs(config: Config, outcome: Outcome) -> dict[str, Any] | None:
 
 
 def write(folder: Path, config: Config, outcome: Outcome) -> Path:
-    """The report and its pictures into ``folder``; returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The report and its pictures into ``folder``, unless they are there; returns its path."""
+    path, whole = folder / "report.md", folder / "report.json"
     found = {**summary(outcome), "pairs": named_pairs(config, outcome)}
-    (folder / "report.json").write_text(json.dumps(found, indent=1))
+    text = json.dumps(found, indent=1)
+    if path.exists() and whole.exists() and whole.read_text() == text:
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    whole.unlink(missing_ok=True)
     pictures = {"volumes-and-scores": trajectory(outcome)}
     pictures |= {f"influence-D{i.number}": heatmap(i, config) for i in outcome.accepted if i.table}
     for name, figure in pictures.items():
         figure.savefig(folder / f"{name}.png", dpi=130)
-        plt.close(figure)
-    path = folder / "report.md"
     path.write_text(_markdown(config, outcome, list(pictures), found["pairs"]))
+    whole.write_text(text)  # last: it says that the others are there
     return path
+
+
+def _stages(iteration: Iteration) -> dict[str, Record]:
+    """By kind; each benchmark besides, by its name."""
+    recorded = (iteration.sft, iteration.reference, iteration.influence, iteration.benchmark)
+    each = {f"benchmark {name}": record for name, record in iteration.scored.items()}
+    return {record.kind: record for record in recorded if record} | each
 
 
 def trajectory(outcome: Outcome) -> Figure:
     """Volumes and scores by accepted iteration."""
+    from matplotlib.figure import Figure  # a second to load; a report that is there isn't drawn again
+
     iterations = outcome.accepted
     at = [i.number for i in iterations]
     scored = [i for i in iterations if i.benchmark]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for domain in iterations[0].volumes:
         left.plot(at, [i.volumes[domain] for i in iterations], "o-", label=domain)
     left.set(title="Volumes", ylabel="examples", ylim=(0, None))
@@ -146,6 +165,8 @@ def trajectory(outcome: Outcome) -> Figure:
 
 def heatmap(iteration: Iteration, config: Config) -> Figure:
     """The influence matrix with its intervals; each column (reference set) relative to its largest entry."""
+    from matplotlib.figure import Figure
+
     assert iteration.table is not None
     matrix = iteration.table.matrix()
     cloud = iteration.table.resampled(config.influence.resamples, config.seed, config.influence.widening)
@@ -154,7 +175,8 @@ def heatmap(iteration: Iteration, config: Config) -> Figure:
     scale = np.abs(matrix).max(0, keepdims=True)
     scale[scale == 0] = 1
     domains = list(iteration.volumes)
-    figure, axes = plt.subplots(figsize=(2 + 1.5 * len(domains), 1.5 + 0.7 * len(domains)), layout="constrained")
+    figure = Figure(figsize=(2 + 1.5 * len(domains), 1.5 + 0.7 * len(domains)), layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(matrix / scale, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
     for (j, r), value in np.ndenumerate(matrix / scale):
         lo, hi = low[j, r] / scale[0, r], high[j, r] / scale[0, r]
@@ -208,6 +230,8 @@ def _markdown(config: Config, outcome: Outcome, pictures: list[str], found_pairs
 
 def _curvature(config: Config, outcome: Outcome) -> list[str]:
     """How well each influence's system was behaved; a layer that needed help is named."""
+    from ideal.solvers import coupled
+
     settings = config.influence
     together = ", its layers combined" if coupled(settings.solver, settings) else ""
     lines = ["## Curvature", "", f"Solver `{settings.solver}`{together}, damping {settings.damping}.", ""]
@@ -264,7 +288,9 @@ def _score(iteration: Iteration, name: str) -> str:
     if not iteration.benchmark:
         return ""
     cell = iteration.benchmark.result[name]
-    return f"{cell['value']:.3f}" + (f" ± {cell['stderr']:.3f}" if cell["stderr"] is not None else "")
+    error = f" ± {cell['stderr']:.3f}" if cell["stderr"] is not None else ""
+    failed = cell.get("failed")  # older records have none
+    return f"{cell['value']:.3f}{error}" + (f", no verdict on {failed}" if failed else "")
 
 
 def _mean(iteration: Iteration) -> str:

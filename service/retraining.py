@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from safetensors.torch import load_file
 
 from ideal.config import Config, InfluenceConfig
+from ideal.costs import PASSES, TRAINING
 from ideal.curvature.layers import tracked_layers
 from ideal.examples import ExampleSet
 from ideal.in_process import influence_tables
@@ -22,14 +23,13 @@ from ideal.model import DTYPES, device, load_model
 from ideal.sampled import Sampled
 from ideal.training import AVERAGE, DAMPING, Trainer, train
 from service.cluster import Cluster, Reservation
-from service.files import MODEL, for_influence, train_file
-from service.influence import TABLE
+from service.files import MODEL, TABLE, for_influence, train_file
 from service.progress import Reporter
 from service.reference import losses_of, means
 from service.sample import Sample
 from service.stages import Record, Stage
 
-TRAINED = "tokens trained on"
+TRAINED = "the training"
 """In a training's result beside its reference sets, none of which can be called so."""
 Piece = Callable[[Any], Record]
 """Work that a retrainer is handed to."""
@@ -121,7 +121,7 @@ class Retrainer:
             keep: where the trained model goes; None leaves nothing but the losses.
 
         Returns:
-            each reference set's loss (nats per token) and tokens, and the tokens trained on under ``TRAINED``.
+            each reference set's loss (nats per token), tokens and passes; the training's under ``TRAINED``.
         """
         torch.manual_seed(seed)
         config = self.config
@@ -138,7 +138,7 @@ class Retrainer:
             trainer.save_damping(keep)
             if config.influence.averaged:
                 trainer.save_average(keep / AVERAGE)
-        return {**means(losses), TRAINED: tokens}
+        return {**means(losses, self.data), TRAINED: {"tokens": tokens, PASSES: TRAINING * tokens}}
 
     def predict(
         self,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from rich.console import Console
@@ -16,17 +16,23 @@ from rich.markup import escape
 
 from ideal.config import Config
 from ideal.errors import BadInput
-from service import check, fidelity_report, report
-from service.baselines import Baseline
+from service import handed_over, report
 from service.cluster import Cluster, connect
 from service.driver import Optimisation
-from service.fidelity import Fidelity
 from service.mixtures import Outcome
 from service.names import run_folder, run_key, run_name
+from service.own_ray import stop
+from service.precision import Decision, decide, decided
 from service.progress import Display
 from service.remote import keep_report, remote_of
-from service.stages import Records, Store, Unfinished
-from service.tracking import Tracker, uri_of
+from service.stages import Record, Records, Store, Unfinished
+
+if TYPE_CHECKING:
+    from service.baselines import Baseline
+    from service.tracking import Tracker
+
+NOWHERE = Cluster(cpus=1, gpus=0, nodes=1, sft_workers=1, sft_cpus=1, influence_workers=1)
+"""What needs no cluster, since it runs nothing, is told of this one."""
 
 
 def run(config: Config, console: Console) -> Outcome:
@@ -37,17 +43,21 @@ def run(config: Config, console: Console) -> Outcome:
         StageFailed: a stage broke.
     """
     started, notice = time.monotonic(), notices(console)
-    folder = run_folder(config)
-    store = Store(config.root, notice, remote_of(config))
-    tracker = Tracker(config, run_key(config), folder, notice)
-    outcome, display = replay(config, notice), None
+    decision = decide([config], notice, begins=True)
+    (config,) = decision.configs
+    before, display, tracker = replay(config, notice), None, None
+    outcome = before
     if outcome.stopped:
         console.print("every stage of this run is recorded: nothing to do")
     else:
-        with connected(config, console) as cluster, Display(console) as display:
+        from service.tracking import Tracker
+
+        tracker = Tracker(config, run_key(config), run_folder(config), notice)
+        store = Store(config.root, notice, remote_of(config))
+        with connected(decision, console, [before]) as cluster, Display(console) as display:
             outcome = method_of(config, cluster, store, display, tracker.keep_up).run()
-    path = report.write(folder, config, outcome)
-    tracker.write(outcome)
+    path = report.write(run_folder(config), config, outcome)
+    hand_over(config, outcome, path, notice, tracker)
     console.print(report.table(outcome))
     seconds = time.monotonic() - started
     outside = f", {seconds - display.busy:.0f} s of them outside stages" if display else ""
@@ -65,8 +75,29 @@ def method_of(
     engines: Sequence[Any] = (),
 ) -> Optimisation | Baseline:
     """What runs a config: this project's method, or the one that it is to be compared with."""
-    kind = Optimisation if config.method == "equilibrium" else Baseline
-    return kind(config, cluster, store, display, happened, engines)
+    if config.method == "equilibrium":
+        return Optimisation(config, cluster, store, display, happened, engines)
+    from service.baselines import Baseline
+
+    return Baseline(config, cluster, store, display, happened, engines)
+
+
+def hand_over(
+    config: Config, outcome: Outcome, path: Path, notice: Callable[[str], None], tracker: Tracker | None = None
+) -> None:
+    """Give MLflow what it hasn't of a run whose report is at ``path``.
+
+    Args:
+        tracker: that wrote the run as it happened.
+    """
+    if handed_over.has_all(config, path):
+        return
+    if tracker is None:
+        from service.tracking import Tracker
+
+        tracker = Tracker(config, run_key(config), path.parent, notice)
+    if tracker.write(outcome):
+        handed_over.note(config, path)
 
 
 def fidelity(config: Config, console: Console) -> dict[str, Any]:
@@ -76,11 +107,19 @@ def fidelity(config: Config, console: Console) -> dict[str, Any]:
         BadInput: something in the config or the data doesn't hold.
         StageFailed: a stage broke.
     """
+    from service import fidelity_report
+    from service.fidelity import Fidelity
+    from service.tracking import Tracker
+
     notice = notices(console)
+    decision = decide([config], notice, begins=True)
+    (config,) = decision.configs
     folder = config.root / "fidelity" / run_name(config)
     store = Store(config.root, notice, remote_of(config))
     tracker = Tracker(config, f"fidelity-{run_key(config)}", folder, notice)
-    with connected(config, console) as cluster, Display(console) as display:
+    silent: Any = None
+    before = Fidelity(config, NOWHERE, Records(config.root, notice, remote_of(config)), silent).kept()
+    with connected(decision, console, retrained=before) as cluster, Display(console) as display:
         findings = Fidelity(config, cluster, store, display).run()
     found = fidelity_report.write(folder, findings, config)
     tracker.write_study(fidelity_report.metrics(found))
@@ -96,17 +135,38 @@ def notices(console: Console) -> Callable[[str], None]:
 
 
 @contextmanager
-def connected(config: Config, console: Console) -> Iterator[Cluster]:
-    """A checked config on its cluster; a Ray that was started for it ends with it."""
+def connected(
+    decision: Decision,
+    console: Console,
+    outcomes: Sequence[Outcome] = (),
+    retrained: Sequence[Record] | None = None,
+) -> Iterator[Cluster]:
+    """Checked configs on the cluster of the first; a Ray that was started for them ends with them.
+
+    Args:
+        outcomes: of the configs' runs as far as they are recorded.
+        retrained: for a fidelity study, its recorded trainings that keep their weights.
+
+    Raises:
+        BadInput: something in them doesn't hold, or a stage doesn't fit the cluster or the disk.
+    """
+    from service import check, room
+
+    config = decision.configs[0]
     check.before_start(config)
     fresh = not ray.is_initialized()
     cluster = connect(config)
-    console.print(f"[bold]{config.name}[/] on {cluster.describe()}; stages in {config.root}")
     try:
+        if retrained is None:
+            room.check_runs(decision.configs, cluster, outcomes)
+        else:
+            room.check_fidelity(config, cluster, [record.folder for record in retrained])
+        decision.keep(notices(console))
+        console.print(f"[bold]{config.name}[/] on {cluster.describe()}, {decision}; stages in {config.root}")
         yield cluster
     finally:
         if fresh:
-            ray.shutdown()
+            stop()
 
 
 def sync(config: Config, console: Console) -> bool:
@@ -115,23 +175,25 @@ def sync(config: Config, console: Console) -> bool:
     def notice(line: str) -> None:
         console.print(escape(line))
 
+    config = decided(config, notice)
     outcome = replay(config, notice)
     if not outcome.iterations:
         raise BadInput("sync", "nothing of this run is recorded yet", "run it first")
     folder = run_folder(config)
     report.write(folder, config, outcome)
+    from service.tracking import Tracker
+
     written = Tracker(config, run_key(config), folder, notice).write(outcome)
     if written:
-        console.print(f"MLflow has everything of {config.name}: {uri_of(config)}")
+        console.print(f"MLflow has everything of {config.name}: {handed_over.uri_of(config)}")
     return written
 
 
 def replay(config: Config, notice: Callable[[str], None]) -> Outcome:
     """What the records say of a run, as far as they go; ``stopped`` only if they go to its end."""
     seen: list[Outcome] = []
-    nowhere = Cluster(cpus=1, gpus=0, nodes=1, sft_workers=1, sft_cpus=1, influence_workers=1)
     silent: Any = None
-    chosen = method_of(config, nowhere, Records(config.root, notice, remote_of(config)), silent, seen.append)
+    chosen = method_of(config, NOWHERE, Records(config.root, notice, remote_of(config)), silent, seen.append)
     try:
         return chosen.run()
     except Unfinished:
@@ -148,7 +210,7 @@ def point_to(report: Path, config: Config, console: Console) -> None:
 
 def mlflow_command(config: Config) -> str:
     """How to look at the run in MLflow."""
-    uri = uri_of(config)
+    uri = handed_over.shown(handed_over.uri_of(config))
     if uri.startswith("http"):
         return uri
     beside = Path(sys.executable).parent / "mlflow"

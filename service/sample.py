@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ideal.config import InfluenceConfig
 from ideal.curvature.accumulate import Block
 from ideal.equilibrium import token_weights
@@ -26,18 +28,23 @@ class Sample:
     def blocks(self) -> list[Block]:
         """Every domain's blocks, then every reference set's.
 
-        A domain's sample is the beginning of its seeded order, which the mixture holds, or (``sample: next``) what
-        follows in that order upon the mixture's: the examples that a larger volume would add.
+        A domain's sample (``sample``: `first`) is the beginning of its seeded order, no more of it than the mixture
+        holds, or (`next`) what follows in that order upon the mixture's: the examples that a larger volume would add,
+        none of which it has learned. Only where there are fewer than blocks, others of the pool fill them up.
         """
         pools = {domain: ExampleSet.load(train_file(self.data, domain)) for domain in self.volumes}
         lengths = [float(pool.supervised_tokens().mean()) for pool in pools.values()]
         weights = token_weights(list(self.volumes.values()), lengths)
         blocks: list[Block] = []
         for (domain, pool), weight in zip(pools.items(), weights, strict=True):
-            start = self.volumes[domain] if self.config.sample == "next" else 0
-            end = start + min(self.config.examples, len(pool))
-            sample = draw(len(pool), end, self.seed, domain)[start:].tolist()
-            blocks += split(f"train/{domain}", pool, sample, self.config.blocks, float(weight))
+            order = draw(len(pool), len(pool), self.seed, domain)
+            held = min(self.volumes[domain], len(pool))
+            fitting, rest = (order[:held], order[held:])
+            if self.config.sample == "next":
+                fitting, rest = rest, fitting
+            sample = np.concatenate([fitting, rest[: max(0, self.config.blocks - len(fitting))]])
+            chosen = sample[: self.config.examples].tolist()
+            blocks += split(f"train/{domain}", pool, chosen, self.config.blocks, float(weight))
         for domain in self.volumes:
             reference = ExampleSet.load(reference_file(self.data, domain))
             everything = list(range(len(reference)))

@@ -21,6 +21,7 @@ from ideal.sensitivity import Scenario, Spread, Start, scenarios
 from service import run as runs
 from service.mixtures import Iteration, Outcome
 from service.names import run_folder
+from service.precision import decided
 from service.report import label
 
 DRAWS = 300
@@ -43,6 +44,7 @@ def examine(config: Config, console: Console) -> Path:
     Raises:
         BadInput: no influence of this run is recorded yet.
     """
+    config = decided(config, lambda line: console.print(escape(line)))
     outcome = runs.replay(config, lambda line: console.print(escape(line)))
     found = findings(config, outcome)
     if not found:

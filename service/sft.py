@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import time
 from dataclasses import asdict
@@ -21,7 +20,9 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from ideal.checkpoints import keep, latest
 from ideal.config import ResourcesConfig, SftConfig
+from ideal.costs import PASSES, TRAINING
 from ideal.examples import ExampleSet
 from ideal.model import load_tokenizer
 from ideal.sharded import ShardedTrainer
@@ -59,7 +60,7 @@ def sft(
         sharded: divide weights, gradients and moments among the workers.
 
     Returns:
-        steps, tokens, seconds, tokens_per_second, first_loss and last_loss; the loss of every step is in steps.json.
+        steps, tokens, passes, seconds, tokens_per_second, first_loss and last_loss; every step's loss is in steps.json.
     """
     task = {
         "folder": folder,
@@ -84,6 +85,7 @@ def sft(
     return {
         "steps": len(logs),
         "tokens": tokens,
+        PASSES: TRAINING * tokens,
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / seconds, 1),
         "first_loss": logs[0]["loss"],
@@ -128,7 +130,11 @@ def _worker(task: dict[str, Any]) -> None:
     trainer = kind(task["base"] / MODEL, config, device, resources.batch_tokens, resources.gradient_checkpointing)
     logs: list[dict[str, Any]] = []
     kept: Path | None = task.get("kept")
-    checkpoint = _latest(kept) if kept else ray.train.get_checkpoint()
+    if kept:
+        last = latest(kept)
+        checkpoint = Checkpoint.from_directory(last) if last else None
+    else:
+        checkpoint = ray.train.get_checkpoint()
     if checkpoint:
         with checkpoint.as_directory() as saved:
             trainer.load_state(Path(saved))
@@ -159,30 +165,18 @@ def _checkpoint(trainer: Trainer | ShardedTrainer, logs: list[dict[str, Any]], r
     Args:
         kept: where a lone worker keeps its state: for it alone, Ray Train doesn't.
     """
-    if kept:
-        _keep(trainer, logs, kept)
-        return
     keeps = rank == 0 or isinstance(trainer, ShardedTrainer)
-    with tempfile.TemporaryDirectory() as folder:
+
+    def save(folder: Path) -> None:
         if keeps:
-            trainer.save_state(Path(folder))
+            trainer.save_state(folder)
         if rank == 0:
-            (Path(folder) / "steps.json").write_text(json.dumps(logs))
+            (folder / "steps.json").write_text(json.dumps(logs))
+
+    if kept:
+        keep(kept, trainer.next_step, save)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
         metrics = {"step": trainer.next_step}
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if keeps else None)
-
-
-def _keep(trainer: Trainer | ShardedTrainer, logs: list[dict[str, Any]], kept: Path) -> None:
-    """Only what is whole has a step's name; those before it go."""
-    unfinished, before = kept / "unfinished", list(kept.glob("step-*"))
-    unfinished.mkdir(parents=True, exist_ok=True)
-    trainer.save_state(unfinished)
-    (unfinished / "steps.json").write_text(json.dumps(logs))
-    unfinished.rename(kept / f"step-{trainer.next_step:08}")
-    for old in before:
-        shutil.rmtree(old)
-
-
-def _latest(kept: Path) -> Checkpoint | None:
-    found = max(kept.glob("step-*"), default=None)
-    return Checkpoint.from_directory(found) if found else None

@@ -29,6 +29,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ideal.errors import BadInput
+from service.digests import digests_of
 from service.remote import Remote
 
 RECORD = "stage.json"
@@ -37,16 +38,18 @@ WORK = "work"
 
 RESULTS_CHANGED_IN = {
     "model": 1,
-    "data": 1,
-    "sft": 2,
-    "reference": 2,
-    "influence": 3,
-    "benchmark": 1,
-    "retraining": 1,
-    "prediction": 2,
-    "doremi": 1,
-    "doge": 1,
-    "merged": 1,
+    "examples": 1,
+    "data": 2,
+    "sft": 3,
+    "reference": 3,
+    "influence": 4,
+    "benchmark": 2,
+    "retraining": 2,
+    "prediction": 3,
+    "doremi": 2,
+    "doge": 2,
+    "merged": 2,
+    "regmix": 1,
 }
 """Raised when new code gives a kind of stage other results, so that old records are not taken for new ones."""
 
@@ -94,6 +97,12 @@ class Record:
     fresh: bool
 
 
+FULL = ("No space left on device", "Disk quota exceeded", "database or disk is full")
+"""What errors of a full disk say, whoever raises them: Rust's, C++'s, another process's."""
+NOTHING_LEFT = 65536
+"""Bytes: with fewer, a library that says something else (torch: `unexpected pos`) has found no room, too."""
+
+
 class Store:
     """The folder of all stages.
 
@@ -104,10 +113,12 @@ class Store:
 
     def __init__(self, root: Path, notice: Callable[[str], None] = print, remote: Remote | None = None) -> None:
         self.root, self.notice, self.remote = root, notice, remote
+        self.digests = digests_of(root)
+        self._locks = root / "locks"
         self._kept: set[Path] = set()
         try:
             (root / "stages").mkdir(parents=True, exist_ok=True)
-            (root / "locks").mkdir(exist_ok=True)
+            self._locks.mkdir(exist_ok=True)
         except OSError as error:
             raise BadInput("storage", f"can't be written ({error})", "set storage to a folder of yours") from None
 
@@ -115,7 +126,7 @@ class Store:
         """The stage's record; runs ``work`` in its folder if there is none.
 
         Raises:
-            BadInput: the disk is full.
+            BadInput: the disk is full, or the storage isn't there any more.
         """
         found = self.find(stage)
         if found:
@@ -135,11 +146,9 @@ class Store:
             started = time.monotonic()
             result = work(folder)
             self._write(stage, folder, result, started)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise BadInput(
-                    "storage", f"{self.root} is full", "free some space; the same command goes on from here"
-                ) from None
+        except BaseException as error:  # torch's checkpoints raise what is no Exception
+            if not isinstance(error, KeyboardInterrupt | SystemExit | BadInput):
+                self._explain(error)
             raise
         finally:
             lock.release()
@@ -158,17 +167,22 @@ class Store:
         record = json.loads(path.read_text())
         return Record(stage.kind, stage.fingerprint, folder, record["result"], record["seconds"], fresh=False)
 
+    @property
+    def _checksums(self) -> Callable[[Path], str]:
+        """What gives a file's checksum: of what is in it now, since stages are going to be computed from it."""
+        return self.digests.read
+
     def _folder(self, stage: Stage) -> Path:
         return self.root / "stages" / stage.kind / stage.fingerprint
 
     def _lock(self, stage: Stage) -> FileLock:
-        return FileLock(self.root / "locks" / f"{stage.kind}-{stage.fingerprint}.lock")
+        return FileLock(self._locks / f"{stage.kind}-{stage.fingerprint}.lock")
 
     def _whole(self, folder: Path) -> bool:
         path = folder / RECORD
         if not path.exists():
             return False
-        damage = _damage(str(folder), path.stat().st_mtime_ns)
+        damage = _damage(str(folder), path.stat().st_mtime_ns, self._checksums)
         if damage:
             next_ = "running this stage again" if self.remote is None else "fetching it, or running this stage again"
             self.notice(f"{folder} is damaged ({damage}): {next_}")
@@ -189,6 +203,22 @@ class Store:
             self.notice(f"{stage.kind} {stage.fingerprint} can't be fetched from {self.remote.url} ({error})")
             return False
 
+    def _explain(self, error: BaseException) -> None:
+        """Raise what a user can mend, if that is why a stage broke: a storage that is full, or that was removed."""
+        if not self._locks.is_dir():  # workers make the others' folders again
+            raise BadInput(
+                "storage", f"{self.root} was removed while the run went on", "bring it back, or start again"
+            ) from None
+        if self._is_full(error):
+            raise BadInput(
+                "storage", f"{self.root} is full", "free some space; the same command goes on from here"
+            ) from None
+
+    def _is_full(self, error: BaseException) -> bool:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in FULL):
+            return True
+        return self.root.exists() and shutil.disk_usage(self.root).free < NOTHING_LEFT
+
     def _keep(self, record: Record) -> None:
         """Copy a recorded stage to where it outlives this machine; what can't be copied now is by the next run."""
         if self.remote is None or record.folder in self._kept:
@@ -208,7 +238,7 @@ class Store:
     def _write(self, stage: Stage, folder: Path, result: dict[str, Any], started: float) -> None:
         shutil.rmtree(folder / WORK, ignore_errors=True)
         files = {
-            str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": self.digests.read(file)}
             for file in sorted(folder.rglob("*"))
             if file.is_file()
         }
@@ -242,7 +272,14 @@ class Unfinished(Exception):
 
 
 class Records(Store):
-    """A store that runs nothing: what the records say, as far as they go."""
+    """A store that runs nothing: what the records say, as far as they go.
+
+    Files that are as they were when they were last read aren't read again: a ``Store`` does so before it runs a stage.
+    """
+
+    @property
+    def _checksums(self) -> Callable[[Path], str]:
+        return self.digests.of
 
     def run(self, stage: Stage, work: Callable[[Path], dict[str, Any]]) -> Record:
         """The stage's record.
@@ -276,8 +313,12 @@ def _clear(folder: Path) -> None:
 
 
 @cache
-def _damage(folder: str, written: int) -> str | None:
-    """What is wrong with a recorded folder; None if its record and all its files are as written."""
+def _damage(folder: str, written: int, checksum: Callable[[Path], str]) -> str | None:
+    """What is wrong with a recorded folder; None if its record and all its files are as written.
+
+    Args:
+        checksum: of a file.
+    """
     try:
         record = json.loads((Path(folder) / RECORD).read_text())
         if record.pop("checksum") != _checksum(record):
@@ -286,7 +327,7 @@ def _damage(folder: str, written: int) -> str | None:
             path = Path(folder) / name
             if not path.is_file():
                 return f"{name}: missing"
-            if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+            if path.stat().st_size != expected["bytes"] or checksum(path) != expected["sha256"]:
                 return f"{name}: wrong checksum"
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return f"{RECORD}: {error}"
@@ -295,8 +336,3 @@ def _damage(folder: str, written: int) -> str | None:
 
 def _checksum(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

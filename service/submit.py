@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +21,7 @@ from rich.table import Table
 
 from ideal.config import Config
 from ideal.errors import BadInput
+from service import interrupts
 from service.names import run_name
 
 CONFIG = "run.yaml"
@@ -53,14 +53,14 @@ def submit(config: Config, console: Console, address: str | None, follow: bool =
         if there:
             console.print(f"{name} was there, {there.status.value.lower()}: it goes on from its records")
             cluster.delete_job(name)
-        with tempfile.TemporaryDirectory() as folder:
-            _pack(Path(folder), config)
-            cluster.submit_job(
-                entrypoint=f"python -m jobs.optimize {CONFIG}",
-                submission_id=name,
-                runtime_env={"working_dir": folder},
-                metadata={"config": config.name},
-            )
+        folder = interrupts.temporary_folder()
+        _pack(folder, config)
+        cluster.submit_job(
+            entrypoint=f"python -m jobs.optimize {CONFIG}",
+            submission_id=name,
+            runtime_env={"working_dir": str(folder)},
+            metadata={"config": config.name},
+        )
         console.print(f"{name} submitted")
     if not follow:
         console.print(f"ideal logs {name}, ideal status, ideal stop {name}")
@@ -79,13 +79,10 @@ def show(name: str, console: Console, address: str | None, follow: bool = True) 
     if not follow:
         console.print(escape(cluster.get_job_logs(name)), end="", soft_wrap=True, highlight=False)
         return True
-    try:
-        asyncio.run(_tail(cluster, name, console))
-        while (status := cluster.get_job_status(name)) in WAITING:
-            time.sleep(0.2)
-    except KeyboardInterrupt:
-        console.print(f"the job goes on: ideal logs {name} follows it, ideal stop {name} ends it")
-        raise
+    interrupts.say(f"stopped following; the job goes on: ideal logs {name} follows it, ideal stop {name} ends it")
+    asyncio.run(_tail(cluster, name, console))
+    while (status := cluster.get_job_status(name)) in WAITING:
+        time.sleep(0.2)
     if status != JobStatus.SUCCEEDED:
         console.print(f"[red]{name} {status.value.lower()}[/]: {escape(cluster.get_job_info(name).message or '')}")
     return bool(status == JobStatus.SUCCEEDED)

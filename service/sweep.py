@@ -39,9 +39,10 @@ from ideal.errors import BadInput
 from service import report
 from service.benchmark import engines, fits_all
 from service.cluster import Cluster
-from service.failures import StageFailed
+from service.errors import StageFailed
 from service.mixtures import Outcome
 from service.names import run_folder, run_key
+from service.precision import decide
 from service.progress import Display
 from service.remote import remote_of
 from service.run import connected, method_of, notices, replay
@@ -120,9 +121,15 @@ def run_trials(
 
     Raises:
         BadInput: something in a config or the data doesn't hold.
-        StageFailed: a trial broke; the others ended.
+        StageFailed: a trial broke while the others ended, or Tune ended before the trials did.
     """
-    started, key = time.monotonic(), sweep_key(trials)
+    started = time.monotonic()
+    decision = decide([trial.config for trial in trials], notices(console), begins=True)
+    trials = [replace(trial, config=config) for trial, config in zip(trials, decision.configs, strict=True)]
+    runs = {run_key(trial.config): trial.label for trial in trials}
+    if twice := [trial.label for trial in trials if runs[run_key(trial.config)] != trial.label]:
+        raise BadInput(kind, f"{twice[0]} is a run that another names, too, since `auto` is {decision}", "leave it out")
+    key = sweep_key(trials)
     trackers = {trial.label: tracker_of(trial, kind, key, console) for trial in trials}
     before = [replay(trial.config, lambda _: None) for trial in trials]
     recorded = {record.folder for outcome in before for record in outcome.records if record}
@@ -132,7 +139,7 @@ def run_trials(
         console.print(f"every stage of this {kind} is recorded: nothing to do")
     else:
         running = trials if stop_behind else left  # a median is one of all trials
-        with connected(trials[0].config, console) as cluster:
+        with connected(decision, console, before) as cluster:
             lines = Queue(actor_options={"num_cpus": 0})
             listener = Thread(target=_listen, args=(lines, {t.label: t for t in trials}, trackers, console))
             listener.start()
@@ -146,6 +153,13 @@ def run_trials(
         raise StageFailed(
             f"{len(failed)} of {len(trials)} trials failed: {'; '.join(failed)}\n"
             "  → their errors are above; the same command runs what is missing"
+        )
+    ended = [outcome.iterations if stop_behind else outcome.stopped for outcome in outcomes]
+    if not all(ended):
+        unfinished = [trial.label for trial, end in zip(trials, ended, strict=True) if not end]
+        raise StageFailed(
+            f"{len(unfinished)} of {len(trials)} trials aren't at their end: {'; '.join(unfinished)}\n"
+            "  → the same command runs what is missing"
         )
     return Findings(trials, outcomes, time.monotonic() - started, recorded)
 
@@ -265,8 +279,9 @@ def _keep_up(trial: Trial, tracker: Tracker) -> Outcome:
     outcome = replay(trial.config, lambda _: None)
     if outcome.stopped:
         report.write(run_folder(trial.config), trial.config, outcome)
-    if outcome.iterations:
         tracker.write(outcome)
+    elif outcome.iterations:
+        tracker.keep_up(outcome)
     return outcome
 
 

@@ -7,10 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -98,7 +94,6 @@ def write(folder: Path, found: dict[str, Any]) -> Path:
     (folder / "sweep.json").write_text(json.dumps(found, indent=1))
     figure = picture(found)
     figure.savefig(folder / "sweep.png", dpi=130)
-    plt.close(figure)
     columns = _columns(found)
     lines = [f"# {found['name']}: a sweep", ""]
     lines += ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
@@ -123,7 +118,8 @@ def metrics(found: dict[str, Any]) -> dict[str, float]:
 
 def picture(found: dict[str, Any]) -> Figure:
     """Loss above the best one's, and mean score, by setting."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     settings = found["settings"]
     at = range(len(settings))
     if "best" in found:

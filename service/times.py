@@ -140,8 +140,7 @@ def _pass(config: Config, sizes: Sizes, layers: Layers, sample: float, reference
     backward = 2 * (sizes.body * depth(sizes, layers) / sizes.layers + sizes.head)
     inputs = {input_group(name): columns for name, (_, columns) in layers.items()}
     widths = [rows for rows, _ in layers.values()] + list(inputs.values())
-    share = config.influence.positions / max(sample, 1) if config.influence.positions else math.inf
-    squares = sum(SYMMETRIC * w * w * min(1.0, share * w) for w in widths)
+    squares = sum(SYMMETRIC * w * w for w in widths)
     gradients = sum(r * c for r, c in layers.values())
     factors = needs_factors(config.influence.solver, config.influence)
     twice = 2 if factors and config.influence.fisher == "sampled" else 1

@@ -3,19 +3,22 @@
 Everything that MLflow shows is in the stage records, so it can be written at any time, and again. What has been
 written is noted in tags of the runs themselves: a server that was away gets the rest when it is back, from this run,
 from the next one, or from ``ideal sync``.
+
+A thread writes while stages run, so that no stage waits for a slow server; only the end of a run does. A server is away
+when it refuses connections or answers with errors. One that is slow is not: it has minutes for each answer.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
 import requests
 from filelock import FileLock
@@ -27,21 +30,19 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ideal.config import Config
 from service import report
+from service.handed_over import check_server, shown, uri_of
 from service.mixtures import Iteration, Outcome
+from service.stages import Record
+
+PATIENCE = 600
+"""Seconds for one answer of a server, and for another driver's turn: a server that works has taken 60."""
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(PATIENCE))
 
 KEY = "ideal.key"
 """Tag that finds a run again: what it records."""
 WRITTEN = "ideal.written."
 """Tags of the parts that a run holds already."""
-
-
-def uri_of(config: Config) -> str:
-    """The tracking server: the config's, the environment's, or an SQLite file in the storage folder."""
-    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{config.root / 'mlflow.db'}"
-
-
-PATIENCE = 60
-"""Seconds that a driver waits for another's turn; then it goes on, and writes the next time."""
 
 
 class Tracker:
@@ -56,6 +57,9 @@ class Tracker:
         below: key and name of the sweep that it belongs to.
         name: of the run. Default: the config's.
         values: parameters besides the usual ones.
+
+    Raises:
+        BadInput: the config's server would be given another one's password.
     """
 
     def __init__(
@@ -71,16 +75,30 @@ class Tracker:
     ) -> None:
         self.config, self.key, self.folder, self.notice = config, key, folder, notice
         self.below, self.name, self.values = below, name or config.name, values or {}
+        check_server(config)
         self.uri = uri_of(config)
         self.behind = False
+        self._next: deque[Outcome] = deque(maxlen=1)  # the last outcome holds what those before it did
+        self._writer = ThreadPoolExecutor(1, "mlflow")
 
     def keep_up(self, outcome: Outcome) -> None:
-        """Write what there is so far; a server that doesn't answer is tried again next time."""
-        self.write(outcome)
+        """Have what there is so far written, and return at once. The end, with the report, is ``write``'s."""
+        self._begin(replace(outcome, stopped=""))
 
     def write(self, outcome: Outcome) -> bool:
-        """Write what MLflow hasn't yet; False if it couldn't be reached."""
-        return self._attempt(lambda: self._write(outcome))
+        """Write what MLflow hasn't yet, and wait for that; False if it couldn't be reached."""
+        self._begin(outcome).result()
+        return not self.behind
+
+    def _begin(self, outcome: Outcome) -> Future[None]:
+        """The run goes on and changes its outcome meanwhile: what is written is as it is now."""
+        self._next.append(replace(outcome, iterations=[replace(each) for each in outcome.iterations]))
+        return self._writer.submit(self._write_next)
+
+    def _write_next(self) -> None:
+        if self._next:  # else a later outcome took its place, and is written
+            outcome = self._next.pop()
+            self._attempt(lambda: self._write(outcome))
 
     def write_study(self, metrics: dict[str, float]) -> bool:
         """Write a study's figures and its folder as one run; False if MLflow couldn't be reached."""
@@ -94,14 +112,15 @@ class Tracker:
                 write()
         except (MlflowException, SQLAlchemyError, requests.RequestException, OSError) as error:
             if not self.behind:
+                reason = str(error).splitlines()[0].replace(self.uri, shown(self.uri))[:200]
                 self.notice(
-                    f"MLflow at {self.uri} can't be written ({str(error).splitlines()[0][:200]}); the run goes on. "
+                    f"MLflow at {shown(self.uri)} can't be written ({reason}); the run goes on. "
                     "What is missing is written when it answers again, or by `ideal sync`"
                 )
             self.behind = True
             return False
         if self.behind:
-            self.notice(f"MLflow at {self.uri} answers again and has everything")
+            self.notice(f"MLflow at {shown(self.uri)} answers again and has everything")
         self.behind = False
         return True
 
@@ -110,7 +129,7 @@ class Tracker:
         self._once(run, "config", self._parameters)
 
         def end(run: Run) -> None:
-            self._metrics(run, metrics, 0)
+            self._metrics(run, metrics, 0, run.info.start_time)
             self.client.log_artifacts(run.info.run_id, str(self.folder))
             self.client.set_terminated(run.info.run_id)
 
@@ -181,36 +200,45 @@ class Tracker:
         values["objective"] = iteration.loss
         runs = [child, parent] if iteration.accepted else [child]
         self._once(child, "steps", lambda run: self._steps(run, iteration))
-        parts: dict[str, dict[str, float]] = {"sft": values}
+        parts = {"sft": (values, iteration.reference)}
         if iteration.benchmark:
-            parts["benchmark"] = {f"score/{n}": s["value"] for n, s in iteration.benchmark.result.items()}
-            parts["benchmark"]["score"] = report.mean_score(iteration.benchmark.result)
+            scores = {f"score/{n}": s["value"] for n, s in iteration.benchmark.result.items()}
+            scores["score"] = report.mean_score(iteration.benchmark.result)
+            parts["benchmark"] = (scores, iteration.benchmark)
         step = iteration.update
-        if step and (iteration.table is not None):
+        if step and iteration.influence:
             domains = list(iteration.volumes)
-            parts["update"] = {f"influence/{d}": v for d, v in zip(domains, step.value, strict=True)}
-            parts["update"] |= {f"beta/{d}": v for d, v in zip(domains, step.beta, strict=True)}
-        for part, metrics in parts.items():
+            change = {f"influence/{d}": v for d, v in zip(domains, step.value, strict=True)}
+            change |= {f"beta/{d}": v for d, v in zip(domains, step.beta, strict=True)}
+            parts["update"] = (change, iteration.influence)
+        for part, (metrics, record) in parts.items():
             for run in runs:
-                self._once(run, f"{part}.{position}", lambda r, m=metrics: self._metrics(r, m, number))  # type: ignore[misc]
+                write = partial(self._metrics, values=metrics, step=number, when=_recorded(record))
+                self._once(run, f"{part}.{position}", write)
 
     def _steps(self, run: Run, iteration: Iteration) -> None:
-        now = int(time.time() * 1000)
+        if iteration.sft.kind != "sft":
+            return  # the base model, which no step was taken from
+        when = _recorded(iteration.sft)
         logs: list[dict[str, Any]] = json.loads((iteration.sft.folder / "steps.json").read_text())
-        metrics = [Metric(name, log[name], now, log["step"]) for log in logs for name in ("loss", "norm")]
+        metrics = [Metric(name, log[name], when, log["step"]) for log in logs for name in ("loss", "norm")]
         for start in range(0, len(metrics), 1000):
             self.client.log_batch(run.info.run_id, metrics=metrics[start : start + 1000])
 
-    def _metrics(self, run: Run, values: dict[str, float], step: int) -> None:
-        now = int(time.time() * 1000)
-        self.client.log_batch(run.info.run_id, metrics=[Metric(k, v, now, step) for k, v in values.items()])
+    def _metrics(self, run: Run, values: dict[str, float], step: int, when: int) -> None:
+        self.client.log_batch(run.info.run_id, metrics=[Metric(k, v, when, step) for k, v in values.items()])
 
     def _end(self, run: Run, outcome: Outcome) -> None:
         final = {f"equilibrium/{d}": float(v) for d, v in outcome.equilibrium.volumes.items()}
-        self._metrics(run, final, outcome.equilibrium.number)
+        self._metrics(run, final, outcome.equilibrium.number, _recorded(outcome.equilibrium.reference))
         self.client.log_batch(run.info.run_id, tags=[RunTag("stopped", outcome.stopped)])
         self.client.log_artifacts(run.info.run_id, str(self.folder))
         for position in range(len(outcome.iterations)):
             child = self._run(f"{self.key}/{position}", "", run)
             self.client.set_terminated(child.info.run_id)
         self.client.set_terminated(run.info.run_id)
+
+
+def _recorded(record: Record) -> int:
+    """When a stage was recorded, in ms. A number that is written again at its own time is in MLflow once."""
+    return int(record.folder.stat().st_mtime * 1000)

@@ -28,14 +28,18 @@ from safetensors import SafetensorError, safe_open
 from tqdm.asyncio import tqdm_asyncio
 from transformers import AutoConfig
 
+from ideal.config import Precision
 from ideal.errors import BadInput
-from ideal.lora import base_of, is_adapter, sizes_of
+from ideal.lora import base_of, sizes_of
+from ideal.model_files import is_adapter
+from ideal.precision import ByPrecision
 
 if TYPE_CHECKING:
     import torch
     from vllm import LLM, RequestOutput, SamplingParams
 
 DEFAULT_NEW_TOKENS = 256
+DTYPES = ByPrecision[Literal["bfloat16", "float32"]](bf16="bfloat16", fp32="float32")
 GPU_SHARE = 0.85
 CPU_CACHE_GIB = 1
 ADAPTER = 1
@@ -50,7 +54,7 @@ def start_engine(
     max_tokens: int,
     memory: float,
     gpus: int,
-    precision: Literal["bf16", "fp32"] = "bf16",
+    precision: Precision = "bf16",
 ) -> LLM:
     """Start an engine in this process. It keeps `OMP_NUM_THREADS` threads busy on a CPU.
 
@@ -79,7 +83,7 @@ def start_engine(
         longest = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", max_tokens)
         return LLM(
             model=str(base),
-            dtype="bfloat16" if precision == "bf16" else "float32",
+            dtype=DTYPES[precision],
             max_model_len=min(max_tokens, longest),
             enforce_eager=not gpus,
             tensor_parallel_size=max(1, gpus),

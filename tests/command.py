@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+
+from tests.waiting import HANGS, Found, until
 
 IDEAL = Path(sys.executable).parent / "ideal"
 
@@ -35,17 +38,23 @@ class Command:
     def __init__(self, folder: Path, tree: dict[str, Any]) -> None:
         self.storage, self.config = folder / "store", folder / "config.yaml"
         self.config.write_text(yaml.safe_dump({**tree, "storage": str(self.storage)}))
-        self.ray = tempfile.mkdtemp(prefix="ray-")  # sockets need a short path
+        self.ray = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets need a short path
         self.output = folder / "output"
         self.environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
         self.environment |= {"RAY_TMPDIR": self.ray, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        with self.output.open("wb") as output:
+    def start(self, *arguments: str, errors: Path | None = None) -> subprocess.Popen[bytes]:
+        """Start the command in the background; its output goes to a file.
+
+        Args:
+            errors: where stderr goes. Default: to the output.
+        """
+        with ExitStack() as files:
+            output = files.enter_context(self.output.open("wb"))
             return subprocess.Popen(
                 [IDEAL, *(arguments or ("run",)), self.config],
                 stdout=output,
-                stderr=subprocess.STDOUT,
+                stderr=files.enter_context(errors.open("wb")) if errors else subprocess.STDOUT,
                 env=self.environment,
                 cwd=self.storage.parent,
                 start_new_session=True,
@@ -53,7 +62,7 @@ class Command:
 
     def __call__(self, *arguments: str) -> Ended:
         started = time.time()
-        status = self.start(*arguments).wait(timeout=600)
+        status = self.start(*arguments).wait(HANGS)
         return Ended(status, self.output.read_text(), time.time() - started)
 
     def records(self, kind: str = "*") -> dict[Path, tuple[int, int]]:
@@ -65,36 +74,32 @@ class Command:
         """Everything that this command's runs started and that still runs."""
         return processes_of(self.ray)
 
-    def alone(self, seconds: float) -> bool:
-        """Whether nothing of it runs any more, within so many seconds."""
-        deadline = time.time() + seconds
-        while self.processes():
-            if time.time() > deadline:
-                return False
-            time.sleep(0.2)
-        return True
+    def leaves_nothing_running(self) -> None:
+        """Wait until all that it started has ended."""
+        until(lambda: not self.processes(), self.processes)
 
-    def wait_for(self, found: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = 300) -> None:
-        """Wait until something is there that a running command makes."""
-        deadline = time.time() + seconds
-        while not found():
-            assert process.poll() is None, f"it ended too early:\n{self.output.read_text()}"
-            assert time.time() < deadline, f"it doesn't come:\n{self.output.read_text()}"
-            time.sleep(0.05)
+    def wait_for(self, found: Callable[[], Found], process: subprocess.Popen[bytes]) -> Found:
+        """Wait until something is there that a running command makes, and return it."""
 
-    def killed_and_again(
-        self, *arguments: str, when: Callable[[], object], before: str | None = None, seconds: float = 300
-    ) -> Ended:
+        def is_there() -> Found:
+            ended = process.poll() is not None
+            there = found()
+            assert there or not ended, f"it ended too early:\n{self.output.read_text()}"
+            return there
+
+        return until(is_there, lambda: f"it doesn't come:\n{self.output.read_text()}")
+
+    def killed_and_again(self, *arguments: str, when: Callable[[], object], before: str | None = None) -> Ended:
         """The command, killed once something is there that it makes, and again: it repeats no recorded stage.
 
         Args:
             before: a kind of stage that the kill must come before the first record of.
         """
         process = self.start(*arguments)
-        self.wait_for(when, process, seconds)
+        self.wait_for(when, process)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        assert self.alone(30), self.processes()
+        self.leaves_nothing_running()
         recorded = self.records()
         assert before is None or not self.records(before)
         ended = self(*arguments)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
+
+from tests.waiting import HANGS, until
 
 RCLONE = Path(sys.executable).parent / "rclone"
 KEY, SECRET = "a-key-of-the-test", "a-secret-of-the-test"
@@ -30,16 +31,17 @@ class ObjectStorage:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-        deadline = time.monotonic() + 60
-        while not (found := re.search(r"127\.0\.0\.1:([1-9]\d*)/", self.output.read_text())):
-            assert self.server.poll() is None, self.output.read_text()
-            assert time.monotonic() < deadline, self.output.read_text()
-            time.sleep(0.05)
-        self.port = int(found[1])
+        until(self._serves, self.output.read_text)
+
+    def _serves(self) -> bool:
+        assert self.server.poll() is None, self.output.read_text()
+        found = re.search(r"127\.0\.0\.1:([1-9]\d*)/", self.output.read_text())
+        self.port = int(found[1]) if found else self.port
+        return found is not None
 
     def stop(self) -> None:
         self.server.terminate()
-        self.server.wait(30)
+        self.server.wait(HANGS)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -50,5 +52,4 @@ class ObjectStorage:
             "AWS_REGION": "us-east-1",
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
             "AWS_REQUEST_CHECKSUM_CALCULATION": "WHEN_REQUIRED",  # rclone doesn't take bodies in chunks
-            "AWS_MAX_ATTEMPTS": "1",
         }

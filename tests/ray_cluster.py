@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
+PORTS = range(20_000, 32_000)
+"""Between those that Ray's workers take and those that the kernel gives to whoever asks for any."""
 
 
 def start_head(environment: dict[str, str], cpus: int) -> dict[str, str]:
@@ -43,8 +46,10 @@ def _start(*arguments: str, environment: dict[str, str]) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
+    """Ray binds them seconds later: until then nobody else takes them but by a rare chance."""
+    return list(islice(filter(_is_free, random.SystemRandom().sample(PORTS, len(PORTS))), count))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0

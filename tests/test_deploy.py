@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import kubernetes_validate
 import psutil
 import pytest
 import yaml
+
+from tests.waiting import HANGS, until
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -51,8 +52,14 @@ def test_an_image_holds_what_its_recipe_copies() -> None:
                 assert any(source == each or source.startswith(f"{each}/") for each in let), source
 
 
-def test_compose_is_the_schemas() -> None:
-    check(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", "deploy/compose.yaml")
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.code.yaml"])
+def test_compose_is_the_schemas(name: str) -> None:
+    check(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", f"deploy/{name}")
+
+
+def test_walls_for_code_are_the_workers_alone() -> None:
+    widened = read("compose.code.yaml")["services"]
+    assert set(widened) == {name for name in read("compose.yaml")["services"] if name.endswith("worker")}
 
 
 def test_compose_opens_nothing_to_the_network() -> None:
@@ -76,8 +83,17 @@ def test_secrets_are_asked_for_and_never_given() -> None:
                 assert given[2].startswith(("$", '"$')), f"{path.name}: {line}"
 
 
+def test_others_images_are_named_by_digest() -> None:
+    text = (DEPLOY / "Dockerfile").read_text() + (DEPLOY / "compose.yaml").read_text()
+    named = set(re.findall(r"^FROM (\S+) AS|^ *image: (\S+)$", text, re.MULTILINE))
+    images = {one or other for one, other in named}
+    others = {image for image in images if image != "base" and not image.startswith("ideal")}
+    assert len(others) == 2
+    assert all(re.fullmatch(r"\S+:[\d.]+\S*@sha256:[0-9a-f]{64}", image) for image in others), others
+
+
 def test_compose_and_rays_version_are_the_locked_ones() -> None:
-    ray = re.search(r"^ray==(.*)$", (DEPLOY / "locks/cpu.txt").read_text(), re.MULTILINE)
+    ray = re.search(r"^ray==(\S*)", (DEPLOY / "locks/cpu.txt").read_text(), re.MULTILINE)
     assert ray
     assert read("kuberay/raycluster.yaml")["spec"]["rayVersion"] == ray[1]
 
@@ -111,7 +127,7 @@ def test_kuberay_lets_in_who_has_its_token_and_the_job_has_it() -> None:
 STUBS = {
     "bin/scontrol": 'printf "node1\\nnode2\\n"',
     "bin/srun": 'while [[ $1 == --* ]]; do [[ $1 == --nodelist=* ]] && node=${1#*=}; shift; done; NODE=$node exec "$@"',
-    "home/.venv/bin/ray": 'if [ "$1" = status ]; then printf " node_1\\n node_2\\n"; exit; fi\n'
+    "home/.venv/bin/ray": 'if [ "$1" = status ]; then exec sed -n "s/^node\\(.\\) ray start.*/ node_\\1/p" "$LOG"; fi\n'
     'echo "$NODE ray $* mode=$RAY_AUTH_MODE token=$RAY_AUTH_TOKEN" >>"$LOG"; exec sleep 600',
     "home/.venv/bin/ideal": 'echo "$NODE ideal $* at=$RAY_ADDRESS token=$RAY_AUTH_TOKEN" >>"$LOG"; exit 3',
 }
@@ -135,7 +151,7 @@ def test_slurms_script_starts_ray_runs_and_leaves_nothing(tmp_path: Path, argume
         "IDEAL_HOME": str(tmp_path / "home"),
     }
     script = DEPLOY / "slurm" / "ideal.sbatch"
-    done = subprocess.run([script, *arguments], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([script, *arguments], env=environment, capture_output=True, text=True, timeout=HANGS)
     if not arguments:
         assert done.returncode == 2
         assert "which config?" in done.stderr
@@ -148,21 +164,16 @@ def test_slurms_script_starts_ray_runs_and_leaves_nothing(tmp_path: Path, argume
     assert head == f"node1 ray start --head --port=20007 --num-cpus=4 --block mode=token token={token}"
     assert worker == f"node2 ray start --address=node1:20007 --num-cpus=4 --block mode=token token={token}"
     assert run == f"node1 ideal run my.yaml --set seed=1 at=node1:20007 token={token}"
-    assert gone(str(tmp_path / "log"))
+    until(lambda: not left(str(tmp_path / "log")))
 
 
-def gone(log: str, seconds: float = 10) -> bool:
-    """Whether no process of the script is left."""
-    deadline = time.time() + seconds
-    while time.time() < deadline:
-        left = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("LOG") == log and process.status() != psutil.STATUS_ZOMBIE:
-                    left.append(process)
-            except psutil.Error:
-                continue
-        if not left:
-            return True
-        time.sleep(0.1)
-    return False
+def left(log: str) -> list[psutil.Process]:
+    """The script's processes that still run."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("LOG") == log and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -14,7 +15,7 @@ from lm_eval.api.metrics import aggregate_subtask_metrics, unweighted_mean_stder
 from lm_eval.api.model import LM
 from lm_eval.tasks.manager import TaskDict
 
-from ideal.benchmarks import tasks
+from ideal.benchmarks import procedural, tasks
 from ideal.config_inputs import BenchmarkConfig
 from ideal.errors import BadInput
 
@@ -24,12 +25,19 @@ BOOTSTRAP = 1000
 
 @dataclass(frozen=True)
 class Score:
-    """A benchmark's score over `items`, in the metric's own unit, with its standard error if there is one."""
+    """A benchmark's score over `items`, in the metric's own unit, with its standard error if there is one.
+
+    Attributes:
+        failed: answers that scored 0 because their scorer raised or didn't come to its end.
+        by_item: each item's part of the score, whose mean is the score; None where it isn't such a mean.
+    """
 
     metric: str
     value: float
     stderr: float | None
     items: int
+    failed: int = 0
+    by_item: list[float] | None = field(default=None, compare=False, repr=False)
 
 
 @runtime_checkable
@@ -67,18 +75,23 @@ def evaluate(
         np.random.seed(SEED)
         if isinstance(model, Reporting):
             model.progress = lambda done, total, name=benchmark.name: progress(name, done, total)
-        results = evaluator.evaluate(
-            lm=model,
-            task_dict=loaded[benchmark.name],
-            limit=benchmark.limit,
-            bootstrap_iters=BOOTSTRAP,
-            log_samples=False,
-            system_instruction=benchmark.system,
-            apply_chat_template=benchmark.chat,
-            fewshot_as_multiturn=benchmark.chat,
-            confirm_run_unsafe_code=allow_code_execution,
-        )
-        scores[benchmark.name] = score(results["results"], loaded[benchmark.name], benchmark)
+        try:
+            results = evaluator.evaluate(
+                lm=model,
+                task_dict=loaded[benchmark.name],
+                limit=benchmark.limit,
+                bootstrap_iters=BOOTSTRAP,
+                log_samples=True,
+                system_instruction=benchmark.system,
+                apply_chat_template=benchmark.chat,
+                fewshot_as_multiturn=benchmark.chat,
+                confirm_run_unsafe_code=allow_code_execution,
+            )
+        finally:
+            failed = sum(map(procedural.end_scoring, loaded[benchmark.name]["tasks"].values()))
+        found = score(results["results"], loaded[benchmark.name], benchmark)
+        samples = [results["samples"][name] for name in loaded[benchmark.name]["tasks"]]
+        scores[benchmark.name] = replace(found, failed=failed, by_item=by_item(samples, found))
     return scores
 
 
@@ -111,3 +124,28 @@ def score(results: Mapping[str, Mapping[str, Any]], loaded: TaskDict, benchmark:
         known = all(isinstance(each, float) for each in errors)
         stderr = unweighted_mean_stderr(cast("list[float]", errors)) if known else None
     return Score(metric, float(value), float(stderr) if isinstance(stderr, (int, float)) else None, items)
+
+
+def by_item(samples: Sequence[Sequence[Mapping[str, Any]]], score: Score) -> list[float] | None:
+    """Each item's part of a score, in the items' own order, so that their mean is the score.
+
+    Args:
+        samples: of each task, lm-eval's account of every item.
+
+    Returns:
+        None where the score is no mean over items, whether of all alike or of each task's.
+    """
+    metric, _, filter_ = score.metric.partition(",")
+    try:
+        values = [
+            [float(row[metric]) for row in sorted(task, key=lambda row: row["doc_id"]) if row["filter"] == filter_]
+            for task in samples
+        ]
+    except (KeyError, TypeError, ValueError):
+        return None
+    everything = sum(map(len, values))
+    for scales in ([1.0] * len(values), [everything / (len(values) * max(1, len(task))) for task in values]):
+        parts = [scale * value for scale, task in zip(scales, values, strict=True) for value in task]
+        if parts and math.isclose(sum(parts) / len(parts), score.value, abs_tol=1e-9):
+            return parts
+    return None

@@ -7,8 +7,10 @@ from typing import Any
 
 import reasoning_gym
 from datasets import Dataset
-from lm_eval.api.task import ConfigurableTask
+from lm_eval.api.task import ConfigurableTask, Task
 from reasoning_gym.factory import DATASETS
+
+from ideal.benchmarks.scorers import Scorer
 
 METRIC = "score"
 
@@ -40,20 +42,19 @@ def make_task(
         options: reasoning-gym's settings of difficulty.
         num_fewshot: examples in the prompt.
     """
-    made = reasoning_gym.create_dataset(name, size=size + num_fewshot, seed=seed, **options)
-    entries = [made[index] for index in range(len(made))]
+    scorer = Scorer(name, size=size + num_fewshot, seed=seed, options=options)
     rows = [
         {"index": index, "question": entry["question"], "answer": str(entry["answer"])}
-        for index, entry in enumerate(entries)
+        for index, entry in enumerate(scorer.entries)
     ]
 
     def score(row: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
-        return {METRIC: float(made.score_answer(answers[0].strip(), entries[row["index"]]))}
+        return {METRIC: scorer(row["index"], answers[0].strip())}
 
     splits = {"test": Dataset.from_list(rows[:size])}
     if num_fewshot:
         splits["examples"] = Dataset.from_list(rows[size:])
-    return ConfigurableTask(
+    task = ConfigurableTask(
         config={
             "task": benchmark,
             "custom_dataset": lambda **_: splits,
@@ -68,3 +69,14 @@ def make_task(
             "generation_kwargs": {"until": [], "do_sample": False},
         }
     )
+    task.scorer = scorer
+    return task
+
+
+def end_scoring(task: Task) -> int:
+    """End what scores a task's answers, if it was made here; returns how many answers its scorer failed on."""
+    scorer: Scorer | None = getattr(task, "scorer", None)
+    if scorer is None:
+        return 0
+    scorer.close()
+    return scorer.failed

@@ -13,15 +13,21 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import lm_eval.utils
+from jinja2 import BaseLoader, StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks.manager import TaskDict
 
-from ideal.benchmarks import code_eval, procedural, sandbox
+from ideal.benchmarks import code_eval, procedural, sandbox, scorers, task_code
 from ideal.config_inputs import BenchmarkConfig
 from ideal.errors import BadInput
 
+TEMPLATES = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+"""lm-eval's, with jinja's walls: a task file's templates could call anything."""
+TEMPLATES.filters.update(lm_eval.utils.env.filters)
 FEWSHOT_SEED = 1234  # lm-eval's
 Settings = Mapping[str, Any]
 LIMIT_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -49,6 +55,7 @@ def load(benchmarks: Sequence[BenchmarkConfig], *, allow_code_execution: bool) -
     """
     check(benchmarks, allow_code_execution=allow_code_execution)
     loaded = {}
+    lm_eval.utils.env = TEMPLATES
     with code_eval.sandboxed() if allow_code_execution else nullcontext():
         for benchmark in benchmarks:
             try:
@@ -137,6 +144,15 @@ def _check_procedural(benchmark: BenchmarkConfig) -> None:
         raise BadInput(
             f"{where}.options", f"reasoning-gym's {name} refuses them: {error}", f"see {name}'s settings"
         ) from error
+    if not scorers.compares_text(name):
+        try:
+            sandbox.require()
+        except BadInput as problem:
+            raise BadInput(
+                f"{where}.reasoning_gym",
+                f"{name}'s scorer may run what the model answers, so that it runs walled off, and {problem.what}",
+                "use Linux with util-linux and let it make namespaces, or another task",
+            ) from None
     if benchmark.metric and not _matches(benchmark.metric, [procedural.METRIC], ["none"]):
         raise BadInput(f"{where}.metric", f"there is no {benchmark.metric!r}", f"use `{procedural.METRIC}`, or none")
 
@@ -153,7 +169,10 @@ def _check_task(benchmark: BenchmarkConfig, allow_code_execution: bool) -> None:
             f"there is no task {name!r}, in lm-eval" + (f" or in {benchmark.include}" if own else ""),
             _suggest(name, [*own, *index]) or "`lm-eval ls tasks` lists lm-eval's",
         )
-    settings = [each for each in _settings(index, name) if each is not None]
+    found = [each for each in _settings(index, name) if each is not None]
+    settings = [each for each, _ in found]
+    for path in dict.fromkeys(path for _, path in found if path):
+        _check_code(benchmark, path, allow_code_execution)
     if any(each.get("unsafe_code", False) is not False for each in settings):
         if not allow_code_execution:
             raise BadInput(
@@ -164,6 +183,24 @@ def _check_task(benchmark: BenchmarkConfig, allow_code_execution: bool) -> None:
         sandbox.require()
     if benchmark.metric and not any(_has_metric(each, benchmark.metric) for each in settings):
         raise BadInput(f"{where}.metric", f"{name} has no {benchmark.metric!r}", "see the task's metric_list")
+
+
+def _check_code(benchmark: BenchmarkConfig, path: Path, allow_code_execution: bool) -> None:
+    where = f"benchmarks.{benchmark.name}"
+    if task_code.runs_answers(path):
+        raise BadInput(
+            f"{where}.task",
+            f"the code of {path.stem} runs what the model writes by itself, outside the sandbox",
+            "leave this benchmark out",
+        )
+    if path.is_relative_to(task_code.TASKS) or allow_code_execution:
+        return
+    if own := task_code.own_functions(path):
+        raise BadInput(
+            f"{where}.include",
+            f"{path} brings code of its own ({', '.join(own[:3])}), which would run with all your rights",
+            "read it, then set `allow_code_execution: true`; or leave this benchmark out",
+        )
 
 
 def _manager(benchmark: BenchmarkConfig) -> TaskManager:
@@ -181,8 +218,8 @@ def _index(include: str | None, defaults: bool) -> TaskManager:
     return TaskManager(include_path=include, include_defaults=defaults)
 
 
-def _settings(index: Mapping[str, Entry], name: str) -> Iterator[Settings | None]:
-    """The settings of a task, or of each task in a group or under a tag; None for one that isn't indexed."""
+def _settings(index: Mapping[str, Entry], name: str) -> Iterator[tuple[Settings, Path | None] | None]:
+    """The settings and the file of a task, or of each task in a group or under a tag; None where one isn't indexed."""
     entry = index.get(name)
     if entry is None:
         yield None
@@ -190,20 +227,22 @@ def _settings(index: Mapping[str, Entry], name: str) -> Iterator[Settings | None
         for member in sorted(entry.tags):
             yield from _settings(index, member)
     elif entry.kind == Kind.GROUP:
-        yield from _group_settings(index, entry.cfg or {})
+        yield from _group_settings(index, entry.cfg or {}, entry.yaml_path)
     else:
-        yield entry.cfg or {}
+        yield entry.cfg or {}, entry.yaml_path
 
 
-def _group_settings(index: Mapping[str, Entry], group: Settings) -> Iterator[Settings | None]:
+def _group_settings(
+    index: Mapping[str, Entry], group: Settings, path: Path | None
+) -> Iterator[tuple[Settings, Path | None] | None]:
     for part in group["task"] if isinstance(group["task"], list) else []:
         name = part if isinstance(part, str) else part.get("group", part.get("task"))
         if isinstance(part, str) or name in index:
             yield from _settings(index, name)
         elif "group" in part:
-            yield from _group_settings(index, part)
+            yield from _group_settings(index, part, path)
         else:
-            yield part
+            yield part, path
 
 
 def _has_metric(settings: Settings, metric: str) -> bool:

@@ -7,9 +7,8 @@ the gradient. Sums are fp32, counts are kept beside them, and a division happens
 The curvature is that of the *mixture's* mean loss per supervised token. A domain with weight w_j, of which the sample
 has t_j supervised tokens, enters both factors with w_j/t_j; so one accumulator serves any number of domains.
 
-A [d, d] factor takes d² multiplications a position, which for wide layers is more than the model itself takes. Two
-things make it less: the products are symmetric, so that little more than half of each is computed; and a factor that
-is drawn from a share of the positions, by chance, is as good when there are many more positions than d.
+A [d, d] factor takes d² multiplications a position, which for wide layers is more than the model itself takes. It is
+symmetric, so that little more than half of it is computed.
 """
 
 from __future__ import annotations
@@ -99,9 +98,6 @@ WIDE = 512
 DRAWN_AT_ONCE = 64
 """Positions whose labels are drawn at a time: distributions in fp64 are larger than the logits."""
 
-Shares = Callable[[int], float]
-"""The share of the positions that a factor of this width is made of."""
-
 
 def accumulate(
     model: nn.Module,
@@ -114,7 +110,6 @@ def accumulate(
     batch_tokens: int,
     device: torch.device,
     done: Callable[[Block, BlockGradient], None],
-    shares: Shares = lambda width: 1.0,
 ) -> FactorSums:
     """Pass over the blocks.
 
@@ -125,8 +120,6 @@ def accumulate(
         seed: of the sampled labels; each example has a generator of its own, so that neither batching nor sharding
             changes them.
         done: called with each block's gradient when it is complete; it is not kept here.
-        shares: a factor of this width is made of this share of the positions, each drawn by its example's own
-            generator, and its sums are divided by that share.
     """
     sums = FactorSums()
     with record(model, layers) as recorder:
@@ -139,14 +132,13 @@ def accumulate(
                 outputs = dict(recorder.outputs)  # gradient checkpointing records others while it recomputes
                 loss = summed_loss(logits, moved)
                 curved = factors and block.weight > 0
-                drawn = Drawn(shares, moved, block, members, seed)
                 if curved and fisher == "sampled":
                     drawn_loss = sampled_loss(logits, moved, block, members, seed)
                     curvature = output_gradients_of(outputs, layers, drawn_loss, keep=True)
-                    _add_factors(sums, recorder, curvature, block.weight, drawn)
+                    _add_factors(sums, recorder, curvature, block.weight, moved)
                 output_gradients = output_gradients_of(outputs, layers, loss, keep=False)
                 if curved and fisher == "empirical":
-                    _add_factors(sums, recorder, output_gradients, block.weight, drawn)
+                    _add_factors(sums, recorder, output_gradients, block.weight, moved)
                 for layer in layers:
                     g = wide(output_gradients[layer][moved.mask])
                     a = wide(recorder.inputs[input_group(layer)][moved.mask])
@@ -194,45 +186,19 @@ def output_gradients_of(
     return dict(zip(layers, gradients, strict=True))
 
 
-class Drawn:
-    """Which of a micro-batch's positions the factors are made of: the same ones in any batch, order or shard."""
-
-    def __init__(self, shares: Shares, batch: Batch, block: Block, members: Sequence[int], seed: int) -> None:
-        self.shares, self.batch = shares, batch
-        self.keys = [(seed, "positions", block.set, str(block.keys[i])) for i in members]
-        self.masks: dict[int, torch.Tensor] = {}
-        self.uniform: torch.Tensor | None = None
-
-    def of(self, width: int) -> tuple[torch.Tensor, float]:
-        """([n, L] positions for a factor of this width, what share of them all that is)."""
-        share = self.shares(width)
-        if share >= 1:
-            return self.batch.mask, 1.0
-        if width not in self.masks:
-            if self.uniform is None:
-                self.uniform = torch.ones(self.batch.mask.shape, dtype=torch.float64)
-                for row, (key, length) in enumerate(zip(self.keys, self.batch.mask.sum(1).tolist(), strict=True)):
-                    self.uniform[row, :length] = torch.from_numpy(seeded(*key).random(length))
-                self.uniform = self.uniform.to(self.batch.mask.device)
-            self.masks[width] = self.uniform < share
-        return self.masks[width], share
-
-
 def _add_factors(
     sums: FactorSums,
     recorder: Recorder,
     output_gradients: dict[str, torch.Tensor],
     weight: float,
-    drawn: Drawn,
+    batch: Batch,
 ) -> None:
     """Every non-padding position counts, prompts included: the answer's loss reaches them through attention."""
     for group in {input_group(layer): None for layer in output_gradients}:
-        mask, share = drawn.of(recorder.inputs[group].shape[-1])
-        sums.add_inputs(group, wide(recorder.inputs[group][mask]), weight / share)
+        sums.add_inputs(group, wide(recorder.inputs[group][batch.mask]), weight)
     for layer, g in output_gradients.items():
-        mask, share = drawn.of(g.shape[-1])
-        sums.add_gradients(layer, wide(g[mask]), weight / share)
-    sums.positions += weight * drawn.batch.tokens
+        sums.add_gradients(layer, wide(g[batch.mask]), weight)
+    sums.positions += weight * batch.tokens
 
 
 def _add_square(store: dict[str, torch.Tensor], key: str, rows: torch.Tensor, weight: float) -> None:

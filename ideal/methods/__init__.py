@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ideal.methods import doge, doremi, joint, merge, random, regmix, specific, uniform
+from ideal.methods import base, doge, doremi, joint, leave_one_out, merge, random, regmix, specific, uniform
 from ideal.methods.problem import Problem, Stages
 
 Method = Callable[[Problem, Stages], dict[str, int]]
 
 METHODS: dict[str, Method] = {
     "joint": joint.choose,
+    "base": base.choose,
     "uniform": uniform.choose,
+    "leave_one_out": leave_one_out.choose,
     "specific": specific.choose,
     "random": random.choose,
     "doremi": doremi.choose,

@@ -1,12 +1,16 @@
-"""DOGE (Fan et al. 2024): weigh up the domains whose gradients point where the reference sets' does.
+"""DOGE (Fan et al. 2024): weigh up the domains whose gradients point where the reference sets' do.
 
-A proxy starts from θ₀. Each step takes one clipped gradient g_k of each domain and one, g, of the reference sets:
+A proxy starts from θ₀. Each step takes a gradient g_k of each domain and g_r of each reference set, every one clipped:
 
-    s_k = lr · ⟨g_k, g⟩ / mean_k‖g_k‖, at least 0 and at most 5·lr
+    s_k = lr · ⟨g_k, Σ_r g_r⟩ / mean_k‖g_k‖, at least 0 and at most 5·lr
     α ← softmax(log α + s/μ)
 
-and the proxy moves along Σ_k α_k g_k. The result is the mean of α over steps. μ is given as a multiple of SFT's peak
-learning rate: with the paper's own, made for pre-training, fine-tuning's small rates would never move the weights.
+and the proxy moves along Σ_k α_k g_k. The result is the mean of α over steps. The targets' gradients are summed, as in
+the authors' code, and not averaged; with ``objective: micro`` each counts by its tokens, R in all. Reference sets are
+apart from the domains, so none is left out of the sum, as the code does where the targets are the domains themselves.
+
+μ follows from the drive Σ lr/μ that the whole run has, for which the code's settings for targets apart give 60 (10,000
+steps of 3e-4 in the mean, μ 0.05): a μ made for pre-training would never move fine-tuning's few, small steps.
 """
 
 from __future__ import annotations
@@ -17,9 +21,10 @@ import numpy as np
 import torch
 
 from ideal.batches import Item
+from ideal.costs import TRAINING
 from ideal.examples import ExampleSet
 from ideal.methods.problem import Array, Problem, Stages
-from ideal.methods.proxy import Stepped, items, moved, per_token, steps, tokens
+from ideal.methods.proxy import Stepped, moved, rates, steps, tokens
 from ideal.training import Trainer
 
 LARGEST = 5.0
@@ -35,46 +40,50 @@ def weights(
     proxy: Trainer,
     pools: Mapping[str, ExampleSet],
     references: Mapping[str, ExampleSet],
+    wanted: Array,
     total: int,
     seed: int,
-    step_size: float,
+    drive: float,
 ) -> Iterator[Stepped]:
     """What every step did.
 
     Args:
         proxy: at θ₀; it is trained.
+        wanted: [R] of each reference set in what is minimised; they sum to 1.
         total: examples that the proxy sees in an epoch.
-        step_size: SFT's peak learning rate / μ.
+        drive: Σ lr/μ over all steps.
     """
     alpha = np.full(len(pools), 1 / len(pools))
-    mu = proxy.config.learning_rate / step_size
+    mu = sum(rates(total, proxy.config)) / drive
     drawn = (steps(sets, total, proxy.config, seed) for sets in (pools, references))
     for (step, batch), (_, held_out) in zip(*drawn, strict=True):
         gradients = torch.stack([gradient(proxy, part) for part in batch])
-        wanted = gradient(proxy, items(held_out), per_token(held_out, np.ones(len(held_out))))
-        alpha = moved(alpha, scores(gradients, wanted, step.rate) / mu)
+        target = torch.zeros_like(gradients[0])
+        for weight, part in zip(wanted * len(wanted), held_out, strict=True):
+            target += float(weight) * gradient(proxy, part)
+        alpha = moved(alpha, scores(gradients, target, step.rate) / mu)
         along = torch.tensor(alpha, dtype=gradients.dtype, device=gradients.device) @ gradients
         flats = list(proxy.flats.values())
         for flat, part in zip(flats, torch.split(along, [flat.gradient.numel() for flat in flats]), strict=True):
             flat.gradient.copy_(part)
         proxy.move(step)
-        yield Stepped(alpha, tokens(batch) + tokens(held_out))
+        yield Stepped(alpha, TRAINING * (tokens(batch) + tokens(held_out)))
 
 
-def gradient(proxy: Trainer, batch: Sequence[Item], weights: list[float] | None = None) -> torch.Tensor:
+def gradient(proxy: Trainer, batch: Sequence[Item]) -> torch.Tensor:
     """[n] gradient of the mean loss, clipped as SFT's is."""
-    proxy.accumulate(list(batch), weights)
+    proxy.accumulate(list(batch))
     flat = torch.cat([flat.gradient for flat in proxy.flats.values()])
     return flat * min(1.0, proxy.config.clip_norm / (float(flat.norm()) + 1e-6))
 
 
-def scores(gradients: torch.Tensor, wanted: torch.Tensor, rate: float) -> Array:
+def scores(gradients: torch.Tensor, target: torch.Tensor, rate: float) -> Array:
     """[M] s.
 
     Args:
         gradients: [M, n] of the domains.
-        wanted: [n] of the reference sets.
+        target: [n] summed over reference sets.
         rate: lr of this step.
     """
-    found = rate * (gradients @ wanted) / (gradients.norm(dim=1).mean() + 1e-6)
+    found = rate * (gradients @ target) / (gradients.norm(dim=1).mean() + 1e-6)
     return np.asarray(found.clamp(0, LARGEST * rate).double().cpu().numpy())

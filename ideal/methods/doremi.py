@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ideal.batches import Item, batches
+from ideal.costs import FORWARD, TRAINING
 from ideal.examples import ExampleSet
 from ideal.methods.problem import Problem, Stages
 from ideal.methods.proxy import Stepped, items, moved, per_token, steps, tokens
@@ -51,7 +52,7 @@ def weights(
         alpha = moved(alpha, rate * np.array(excesses), smoothing)
         proxy.accumulate(items(batch), per_token(batch, alpha))
         proxy.move(step)
-        yield Stepped(alpha, 3 * tokens(batch))  # the reference's pass, the proxy's, and its training
+        yield Stepped(alpha, (2 * FORWARD + TRAINING) * tokens(batch))  # the reference's and the proxy's losses
 
 
 @torch.no_grad()

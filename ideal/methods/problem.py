@@ -22,6 +22,9 @@ class Stages(Protocol):
     def trained(self, volumes: Mapping[str, int]) -> Any:
         """SFT of θ₀ on a mixture, as the final one; something to hand to the others."""
 
+    def losses(self, model: Any) -> dict[str, float]:
+        """Each reference set's loss (nats per token) at a trained model."""
+
     def short(self, mixtures: Sequence[Mapping[str, int]]) -> list[dict[str, float]]:
         """SFT of θ₀ on each of some small mixtures; each reference set's loss (nats per token)."""
 
@@ -34,6 +37,9 @@ class Stages(Protocol):
     def doge(self) -> dict[str, float]:
         """Each domain's share of the tokens by ``ideal.methods.doge``."""
 
+    def regmix(self, mixtures: Sequence[Mapping[str, int]]) -> list[float]:
+        """Each domain's share of the examples by ``ideal.methods.regmix``, from what ``short`` finds of these."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -43,12 +49,14 @@ class Problem:
         volumes: D0, examples of each domain; its total is kept.
         pools: unique examples there are.
         tokens: mean supervised tokens of a domain's examples.
+        reference_tokens: supervised tokens of each reference set.
     """
 
     config: Config
     volumes: Mapping[str, int]
     pools: Mapping[str, int]
     tokens: Mapping[str, float]
+    reference_tokens: Mapping[str, int]
 
     @property
     def total(self) -> int:
@@ -78,9 +86,16 @@ class Problem:
         drawn = seeded(self.config.seed, *names).dirichlet(spread * self.shares, count)
         return np.asarray(drawn, float)
 
+    @property
+    def weights(self) -> Array:
+        """[R] of each reference set in what is minimised, by ``equilibrium.objective``; they sum to 1."""
+        micro = self.config.equilibrium.objective == "micro"
+        sizes = np.array([self.reference_tokens[domain] if micro else 1.0 for domain in self.volumes])
+        return np.asarray(sizes / sizes.sum(), float)
+
     def objective(self, losses: Mapping[str, float]) -> float:
-        """What is minimised: the mean over reference sets, whatever ``equilibrium.objective``."""
-        return float(np.mean([losses[domain] for domain in self.volumes]))
+        """What is minimised: the mean over reference sets, or over all of their tokens."""
+        return float(self.weights @ [losses[domain] for domain in self.volumes])
 
 
 def fill(shares: Array, total: int, low: Array, high: Array) -> Array:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ideal.batches import Item, length
+from ideal.batches import Item
 from ideal.config import SftConfig
+from ideal.costs import input_tokens
 from ideal.examples import ExampleSet
 from ideal.methods.problem import Array
 from ideal.mixture import seeded
@@ -27,11 +28,11 @@ class Stepped:
 
     Attributes:
         alpha: [M] the weights after it.
-        tokens: input tokens that models passed over.
+        passes: token passes that it took (``ideal.costs``).
     """
 
     alpha: Array
-    tokens: int
+    passes: int
 
 
 def steps(sets: Mapping[str, ExampleSet], total: int, config: SftConfig, seed: int) -> Iterator[tuple[Step, Batch]]:
@@ -39,13 +40,18 @@ def steps(sets: Mapping[str, ExampleSet], total: int, config: SftConfig, seed: i
 
     A batch's places go to the domains equally; those that are left over, to each domain in turn.
     """
-    size, count, number = config.batch_examples, len(sets), number_of_steps(total, config)
+    size, count = config.batch_examples, len(sets)
     streams = [_stream(found, seed, domain) for domain, found in sets.items()]
-    for step in range(number):
-        rate = config.learning_rate * schedule(step, number, config)
+    for step, rate in enumerate(rates(total, config)):
         extra = {(step * (size % count) + k) % count for k in range(size % count)}
         counts = [size // count + (k in extra) for k in range(count)]
         yield Step(step, [], rate), [[next(s) for _ in range(n)] for s, n in zip(streams, counts, strict=True)]
+
+
+def rates(total: int, config: SftConfig) -> list[float]:
+    """Every step's learning rate."""
+    number = number_of_steps(total, config)
+    return [config.learning_rate * schedule(step, number, config) for step in range(number)]
 
 
 def _stream(found: ExampleSet, seed: int, domain: str) -> Iterator[Item]:
@@ -63,7 +69,7 @@ def items(batch: Batch) -> list[Item]:
 
 def tokens(batch: Batch) -> int:
     """Input tokens of a batch."""
-    return sum(length(item) for item in items(batch))
+    return input_tokens(items(batch))
 
 
 def per_token(batch: Batch, weights: Sequence[float] | Array) -> list[float]:

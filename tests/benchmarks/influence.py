@@ -10,7 +10,7 @@ grows by from before it loads the model (so the model's own 0.5 GB is in it).
   which makes it the smaller of two possible yardsticks; `plain, all logits` is the other.
 - `kfac`, `ekfac`, `joint`, `exact`: one actor of the service with all of this process's threads, its files and its
   loading of the model included.
-  *some positions*: factors of twice their width of positions. *eigenvectors*: λ added to the product of A and S, which
+  *eigenvectors*: λ added to the product of A and S, which
   is what kronfluence does. `joint` (the default: layers combined) and `exact` (``--exact``) are damped by a made-up
   constant Λ in place of the optimiser's; the examples that they see the curvature on are a fixed number.
 - `kronfluence`: fits its factors on the same training examples and scores. It has no notion of domains, and
@@ -51,8 +51,8 @@ from ideal.examples import ExampleSet
 from ideal.influence import Array, split
 from ideal.mixture import draw
 from ideal.model import load_model, load_tokenizer, materialise, summed_loss, supervised_logits
-from ideal.products import block_products, combined, table_of
-from ideal.sampled import curvature_blocks
+from ideal.products import combined, table_of
+from ideal.sampled import curvature_blocks, tokens_and_weights
 from ideal.training import DAMPING
 from service.files import MODEL, reference_file, train_file
 from service.influence_actor import InfluenceActor
@@ -92,7 +92,6 @@ class Setting:
 
 OURS: dict[str, dict[str, Any]] = {
     "kfac": {"joint": False},
-    "kfac, some positions": {"joint": False, "positions": 2},
     "kfac, eigenvectors": {"joint": False, "divided": False, "damping": 0.1},
     "ekfac": {"solver": "ekfac", "joint": False, "damping": 0.1},
     "joint": {},
@@ -101,7 +100,6 @@ OURS: dict[str, dict[str, Any]] = {
 """Our contestants: what each changes in the section `influence`."""
 
 SAME = {
-    "kfac, some positions": "kfac",
     "kfac, eigenvectors": "kronfluence kfac",
     "ekfac": "kronfluence ekfac",
 }
@@ -224,9 +222,8 @@ def ours(
         if settings.joint:
             forms = actor.forms(layers, list(range(len(curvature_blocks(blocks, domains, settings)))), 1)
             products = combined(products, forms, [solved[layer].damping for layer in layers], setting.blocks)
-    tokens = np.array([float(size) for size, _ in sizes]).reshape(-1, setting.blocks)
-    rows = [block_products(p, tokens, domains) for p in products.values()]
-    return table_of(rows, sizes, domains, setting.blocks).matrix(), passed
+    _, weights = tokens_and_weights(blocks, domains, setting.blocks)
+    return table_of(list(products.values()), sizes, weights, setting.blocks).matrix(), passed
 
 
 class Given:

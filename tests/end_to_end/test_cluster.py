@@ -19,8 +19,9 @@ from tests.command import IDEAL, Command
 from tests.end_to_end.tiny_run import make_tree
 from tests.mlflow_server import Server, on_postgres
 from tests.ray_cluster import add_node, start_head
+from tests.waiting import HANGS
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 BROWSER = shutil.which("chromium")
 QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 QUIET += ["--disable-component-update", "--disable-sync"]
@@ -28,7 +29,7 @@ QUIET += ["--disable-component-update", "--disable-sync"]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with on_postgres(tmp_path_factory.mktemp("postgres"), tmp_path_factory.mktemp("mlflow")) as made:
+    with on_postgres(tmp_path_factory.mktemp("mlflow")) as made:
         yield made
 
 
@@ -44,7 +45,9 @@ def runs(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[l
         add_node(environment, cpus=1)
         for m in ("0.4", "0.2"):
             arguments = [IDEAL, "submit", command.config, "--set", f"equilibrium.m={m}"]
-            ended = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=500, check=False)
+            ended = subprocess.run(
+                arguments, env=environment, capture_output=True, text=True, timeout=HANGS, check=False
+            )
             assert ended.returncode == 0, ended.stdout + ended.stderr
             assert "2 nodes" in ended.stdout
         assert len(command.records("sft")) == 3, "D0 is trained once"
@@ -71,7 +74,7 @@ def page(server: Server) -> Iterator[Page]:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", *QUIET])
         passwords: Any = {"username": "admin", "password": server.password}
         shown = browser.new_page(http_credentials=passwords, viewport={"width": 1900, "height": 1400})
-        shown.set_default_timeout(120_000)
+        shown.set_default_timeout(1000 * HANGS)
         yield shown
         browser.close()
 

@@ -10,7 +10,7 @@ import pytest
 from tests.command import Command
 from tests.end_to_end.tiny_run import make_tree
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 METHODS = ["joint", "doremi", "doge", "merge", "equilibrium"]
 
 

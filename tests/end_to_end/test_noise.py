@@ -10,9 +10,10 @@ import pytest
 
 from tests.command import Command
 from tests.end_to_end.codes import MADE, SFT, file
+from tests.waiting import HANGS
 
 WRONG = {"right": 0.0, "quarter": 0.25, "half": 0.5, "all": 1.0}
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 def test_a_domain_falls_with_its_share_of_wrong_answers(tmp_path: Path) -> None:
@@ -38,6 +39,7 @@ def test_a_domain_falls_with_its_share_of_wrong_answers(tmp_path: Path) -> None:
             "domains": domains,
             "benchmarks": [{"name": "unused", "reasoning_gym": "chain_sum", "size": 4}],
             "sft": SFT,
+            "resources": {"wait_seconds": HANGS},
             "influence": {"blocks": 4, "examples": 96, "precision": "fp32"},
             "fidelity": {"seeds": 4, "change": 0.5, "modes": ["steps"], "solvers": {"default": {}}},
         },

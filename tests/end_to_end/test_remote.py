@@ -10,7 +10,7 @@ from tests.command import Command
 from tests.end_to_end.tiny_run import make_tree
 from tests.object_storage import ObjectStorage
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 NEXT = "every stage of this run is recorded: nothing to do"
 
 

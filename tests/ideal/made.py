@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ideal.batches import Item
 from ideal.config import InfluenceConfig
-from ideal.curvature.accumulate import BlockGradient, FactorSums, Shares, accumulate
+from ideal.curvature.accumulate import BlockGradient, FactorSums, accumulate
 from ideal.curvature.kfac import Eigen, curvature, eigenbasis
 from ideal.curvature.layers import input_group
 from ideal.examples import ExampleSet
@@ -71,7 +71,6 @@ def run(
     factors: bool = True,
     seed: int = 0,
     batch_tokens: int = 64,
-    shares: Shares = lambda width: 1.0,
 ) -> tuple[FactorSums, list[BlockGradient]]:
     """``accumulate`` with its blocks' gradients in a list."""
     found: list[BlockGradient] = []
@@ -86,7 +85,6 @@ def run(
         batch_tokens=batch_tokens,
         device=torch.device("cpu"),
         done=keep,
-        shares=shares,
     )
     return sums, found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from ideal import chat
 from ideal.chat import ChatEncoder, Message, Unusable
 from ideal.errors import BadInput
 from ideal.pretraining import CHAT_TEMPLATE
@@ -87,6 +88,23 @@ def test_what_can_not_be_used_says_why(tokenizer: PreTrainedTokenizerFast, talk:
         ChatEncoder(tokenizer, 50).encode(talk)
 
 
+def test_a_talk_of_more_turns_than_tokens_is_not_rendered(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each turn is rendered with all before it: a hundred thousand would take hours."""
+    encoder = ChatEncoder(tokenizer, 50)
+    monkeypatch.delattr(ChatEncoder, "_render")
+    with pytest.raises(Unusable, match=r"longer than max_tokens \(50\)"):
+        encoder.encode(TALK[1:3] * 50_000)
+
+
+def test_a_template_that_loops_is_given_up(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer.chat_template = "{% for a in range(2000) %}{% for b in range(2000) %}{% endfor %}{% endfor %}"
+    monkeypatch.setattr(chat, "PATIENCE", 0.01)
+    with pytest.raises(BadInput, match="takes more than 0 s for two lines"):
+        ChatEncoder(tokenizer, 50)
+
+
 def test_an_answer_of_exactly_the_limit_is_used(tokenizer: PreTrainedTokenizerFast) -> None:
     n = len(ChatEncoder(tokenizer, 512).encode(TALK).ids)
     ChatEncoder(tokenizer, n).encode(TALK)
@@ -147,3 +165,35 @@ def test_a_template_that_rewrites_earlier_turns_is_told(tokenizer: PreTrainedTok
     tokenizer.chat_template = "{% if messages | length > 3 %}{{ 'long' }}{% endif %}" + CHAT_TEMPLATE
     with pytest.raises(Unusable, match="rewrites earlier turns"):
         ChatEncoder(tokenizer, 512).encode(TALK)
+
+
+@pytest.mark.parametrize(
+    ("template", "talk", "reason"),
+    [
+        (CHAT_TEMPLATE, [{"role": "assistant", "content": "Hello."}], "an assistant opens it"),
+        (CHAT_TEMPLATE, [{"role": "user", "content": "half \ud83d"}, TALK[2]], "half a character"),
+        ("{% if messages[0]['content'] == 'odd' %}{{ 1 / 0 }}{% endif %}" + CHAT_TEMPLATE,
+         [{"role": "user", "content": "odd"}, TALK[2]], "the chat template fails on it (ZeroDivisionError)"),
+    ],
+)  # fmt: skip
+def test_what_a_row_breaks_is_the_rows_fault(
+    tokenizer: PreTrainedTokenizerFast, template: str, talk: list[Message], reason: str
+) -> None:
+    """Anything else would end the run with a traceback that names no row."""
+    tokenizer.chat_template = template
+    with pytest.raises(Unusable) as problem:
+        ChatEncoder(tokenizer, 512).encode(talk)
+    assert reason in str(problem.value)
+
+
+def test_a_tokenizer_that_fails_fails_on_its_row(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = ChatEncoder(tokenizer, 512)
+
+    def fails(*_: object, **__: object) -> None:
+        raise UnicodeError("no such letter")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", fails)
+    with pytest.raises(Unusable, match="the tokenizer fails on it"):
+        encoder.encode(TALK)

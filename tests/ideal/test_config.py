@@ -169,3 +169,18 @@ def test_a_missing_file(tmp_path: Path) -> None:
         load(tmp_path / "none.yaml")
     with pytest.raises(BadInput, match="can't be read"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"seed": 2**64}, "seed: more than 1,000,000,000"),
+        ({"sft": {"epochs": 1e300}}, "sft.epochs"),
+        ({"influence": {"layers": []}}, "influence.layers"),
+        ({"influence": {"examples": 2**31}}, "examples: more than"),
+        ({"storage": "~nobody-of-that-name/x"}, "storage: "),
+        ({"storage": "/dev/null"}, "/dev/null is no folder"),
+    ],
+)
+def test_what_nothing_can_be_done_with_is_refused(section: dict[str, Any], words: str) -> None:
+    refused(tree(**section), words)

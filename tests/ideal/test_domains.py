@@ -11,7 +11,7 @@ import pytest
 from ideal.chat import ChatEncoder
 from ideal.config import Config
 from ideal.config_file import parse
-from ideal.domains import Domain, prepare, starting_volumes
+from ideal.domains import Domain, encoded, prepare, starting_volumes
 from ideal.errors import BadInput
 from tests.tiny import make_tokenizer
 
@@ -48,9 +48,9 @@ def test_every_row_is_accounted_for(tmp_path: Path) -> None:
     a, b = prepare(config(tmp_path, [*questions("a", 3), *bad, *questions("c", 2)], max_rejected=0.5), ENCODER, [])
     account = a.account["train"]
     assert (account["rows"], account["used"], account["overlapping"]) == (8, 5, 0)
-    assert account["rejected"] == {"malformed": 1, "empty": 1, "longer than max_tokens (64)": 1}
+    assert account["rejected"] == {"malformed: no JSON object": 1, "empty": 1, "longer than max_tokens (64)": 1}
     file = tmp_path / "a.train.jsonl"
-    assert account["rejected_rows"][:2] == [f"{file}:4: malformed", f"{file}:5: empty"]
+    assert account["rejected_rows"][:2] == [f"{file}:4: malformed: no JSON object", f"{file}:5: empty"]
     assert (len(a.train), len(a.reference), len(b.train), b.account["train"]["rejected"]) == (5, 4, 6, {})
 
 
@@ -115,5 +115,5 @@ def test_a_set_smaller_than_its_blocks(tmp_path: Path, blocks: int, references: 
 
 def test_progress_names_every_domain(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    prepare(config(tmp_path, questions("a", 3)), ENCODER, [], lambda *told_now: told.append(told_now))
+    list(encoded(config(tmp_path, questions("a", 3)), ENCODER, lambda *told_now: told.append(told_now)))
     assert told == [("a", 0, 2), ("b", 1, 2)]

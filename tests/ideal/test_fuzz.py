@@ -6,6 +6,7 @@ Never a traceback: the only exceptions are `BadInput`, and `Unusable` of a singl
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,19 @@ from ideal.sources import messages, rows
 from tests.tiny import make_model
 
 VALID = yaml.safe_load((Path(__file__).parents[2] / "jobs" / "configs" / "quickstart.yaml").read_text())
-EACH = 1250
+EACH = int(os.environ.get("FUZZ_CASES", "1250"))
 """Cases of each of the four tests."""
+LETTERS = st.characters(codec=None)  # halves of characters, too
 
 scalars = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(),
     st.floats(),
-    st.text(max_size=20),
-    st.sampled_from(["schedule", "math", "*"]),
+    st.text(LETTERS, max_size=20),
+    st.sampled_from(
+        ["schedule", "math", "*", "../x", "~nobody/x", "$HOME", "file:///x", 2**64, -(2**63), 10**400, 1e300]
+    ),
 )
 trees = st.recursive(
     scalars,
@@ -48,8 +52,12 @@ quiet = settings(
 )
 
 
-def said(error: Exception) -> None:
-    assert str(error)
+def said(error: BadInput | Unusable) -> None:
+    """It names the place, and what is wrong there; a row's place is beside it."""
+    assert str(error).strip()
+    if isinstance(error, BadInput):
+        assert error.where.strip()
+        assert error.what.strip()
 
 
 def places(tree: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -146,7 +154,7 @@ def test_data_of_anything(
         for place, row in rows(source, "here"):
             assert place.startswith(str(path))
             try:
-                example = encoder.encode(messages(row, source, "here"))
+                example = encoder.encode(messages(row, source))
             except Unusable as reason:
                 said(reason)
             else:

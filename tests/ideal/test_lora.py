@@ -20,6 +20,7 @@ from ideal.curvature.layers import input_group, layer_shapes, tracked_layers
 from ideal.errors import BadInput
 from ideal.mixture import draw
 from ideal.model import load_model, materialise
+from ideal.model_files import ADAPTER_SETTINGS, is_adapter
 from ideal.training import AVERAGE, DAMPING, Trainer, plan, train
 from tests.ideal.dense import (
     DOMAINS,
@@ -118,7 +119,7 @@ def test_the_folder_holds_the_adapters_alone_and_loads_everywhere(
     folder, made, _ = trained[0] / "model", trained[1], trained[2]
     made.model.eval()
     wanted = made.model(IDS).logits
-    assert lora.is_adapter(folder)
+    assert is_adapter(folder)
     assert (lora.base_of(folder), lora.base_of(base)) == (base, base)
     assert lora.sizes_of(folder) == (4, ["down_proj", "gate_proj", "q_proj"])
     sizes = [file.stat().st_size for file in (*folder.glob("*.safetensors"), *base.glob("*.safetensors"))]
@@ -140,7 +141,7 @@ def test_a_storage_that_was_moved_is_whole(
     before, now = tmp_path / "before/stages", tmp_path / "now/stages"
     shutil.copytree(base, before / "model/abc/model")
     shutil.copytree(trained[0] / "model", before / "sft/def/model")
-    settings = before / "sft/def/model" / lora.SETTINGS_FILE
+    settings = before / "sft/def/model" / ADAPTER_SETTINGS
     named = json.loads(settings.read_text()) | {"base_model_name_or_path": str(before / "model/abc/model")}
     settings.write_text(json.dumps(named))
     wanted = load_model(before / "sft/def/model", torch.bfloat16)(IDS).logits

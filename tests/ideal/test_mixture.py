@@ -6,10 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from ideal.mixture import data_order, draw, reduced, round_volumes
+from ideal.mixture import data_order, draw, round_volumes
 
 
 def test_a_larger_volume_holds_all_of_a_smaller_one() -> None:
@@ -79,14 +77,3 @@ def test_a_changed_volume_leaves_the_order_of_the_rest() -> None:
     both = set(few) & set(many)
     assert len(both) == 34
     assert [e for e in few if e in both] == [e for e in many if e in both]
-
-
-@given(st.lists(st.integers(0, 500), min_size=1, max_size=8).filter(any), st.floats(0.01, 1.0))
-def test_a_share_of_a_mixture_is_the_same_mixture(volumes: list[int], share: float) -> None:
-    before = {str(n): v for n, v in enumerate(volumes)}
-    found = reduced(before, share)
-    total = sum(found.values())
-    assert total == max(1, round(share * sum(volumes)))
-    for domain, v in found.items():
-        assert abs(v - before[domain] * total / sum(volumes)) < 1 + 1e-6
-    assert reduced(before, 1.0) == before

@@ -47,3 +47,35 @@ def test_it_is_the_same_every_time(made: tuple[Path, list[str]], tmp_path: Path)
     again, first = load_file(tmp_path / "model.safetensors"), load_file(made[0] / "model.safetensors")
     assert all(torch.equal(again[name], first[name]) for name in first)
     assert next(iter(first.values())).dtype == torch.bfloat16
+
+
+class Killed(Exception):
+    """It comes out of the middle of the making."""
+
+
+def test_killed_in_the_middle_it_goes_on_to_the_same_weights(made: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """Killed twice. The last state that is kept is compared too: it holds the weights before they are rounded."""
+    steps: list[int] = []
+
+    def make(name: str, killed_at: int = 0) -> float:
+        def progress(message: str, done: int, total: int) -> None:
+            steps.append(done)
+            if done == killed_at:
+                raise Killed
+
+        return pretrain(MADE, tmp_path / name, 128, progress, tmp_path / f"{name} kept", checkpoint_steps=3)
+
+    for step in (4, 7):
+        with pytest.raises(Killed):
+            make("killed", step)
+    loss = make("killed")
+    assert steps == [1, 2, 3, 4, 4, 5, 6, 7, 7, 8]
+    assert make("undisturbed") == loss
+    kept = "kept/step-00000006/state.safetensors"
+    for ours, theirs in (
+        (tmp_path / "killed/model.safetensors", made[0] / "model.safetensors"),
+        (tmp_path / f"killed {kept}", tmp_path / f"undisturbed {kept}"),
+    ):
+        again, first = load_file(ours), load_file(theirs)
+        assert again.keys() == first.keys()
+        assert all(torch.equal(again[name], first[name]) for name in first)

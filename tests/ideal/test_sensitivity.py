@@ -27,7 +27,7 @@ def made(influence: Any, tokens: Any = None, spread: float = 0.0) -> InfluenceTa
     reference = np.full(a.shape[1:], 16.0) if tokens is None else np.asarray(tokens, float)
     blocks = 1 + spread * np.array([1, -1, 1, -1])  # their mean is 1
     products = np.einsum("jrc,b,rc->jbrc", a, 8 * blocks, reference)[None]
-    return InfluenceTable(products, np.full((len(a), 4), 8.0), reference, np.ones(a.shape[1]))
+    return InfluenceTable(products, np.full((len(a), 4), 8.0), reference, np.ones(a.shape[1]), np.zeros(a.shape[:2]))
 
 
 def step(influence: Any, **settings: Any) -> tuple[list[float], list[int]]:
@@ -35,7 +35,7 @@ def step(influence: Any, **settings: Any) -> tuple[list[float], list[int]]:
     a = np.asarray(influence, float)
     n = len(a)
     config = EquilibriumConfig(**settings)
-    found = update(a, np.tile(a, (2, 1)), VOLUMES[:n], POOLS[:n], LENGTHS[:n], config, M, 0.9)
+    found = update(a, np.tile(a, (2, 1)), np.zeros(n), VOLUMES[:n], POOLS[:n], LENGTHS[:n], config, M, 0.9)
     return found.beta, found.volumes
 
 

@@ -20,6 +20,7 @@ from ideal.sharded import ShardedTrainer
 from ideal.training import AVERAGE, DAMPING, Trainer, plan, train
 from tests.ideal.test_training import CPU, FP32, POOLS, VOLUMES
 from tests.tiny import make_model
+from tests.waiting import HANGS
 
 AVERAGED = 0.6
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 def worker(rank: int, world: int, folder: Path, base: Path, stops: int, starts: Path | None) -> None:
     """All of a run, or a part of it that ends after some steps or goes on from a state; runs in its own process."""
     torch.set_num_threads(1)
-    limit = timedelta(seconds=120)
+    limit = timedelta(seconds=HANGS)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=limit)
     config = FP32.model_copy(update={"precision": "bf16"}) if folder.name == "bf16" else FP32
     trainer = ShardedTrainer(base, config, CPU, 64, gradient_checkpointing=folder.name == "again")
@@ -58,7 +59,7 @@ worker(int(rank), int(world), Path(folder), Path(base), int(stops), Path(starts)
     told = [str(world), str(folder), str(base), str(stops), str(starts or "")]
     workers = [subprocess.Popen([sys.executable, "-c", code, str(rank), *told], cwd=ROOT) for rank in range(world)]
     try:
-        assert [process.wait(180) for process in workers] == [0] * world
+        assert [process.wait(HANGS) for process in workers] == [0] * world
     finally:
         for process in workers:
             process.kill()

@@ -42,6 +42,8 @@ SOLVERS = ["identity", "adam", "kfac", "ekfac", "exact"]
 DAMPING = 0.05
 BOUND = 1e-6
 """Relative error allowed to the right answer; `identity` misses it by far."""
+FEW = 10
+"""Products of `exact` where two ways to the same must agree, right or not."""
 
 
 @pytest.fixture
@@ -81,13 +83,14 @@ def test_exact_influence_is_the_dense_solve(model: LlamaForCausalLM) -> None:
 
 
 def test_relative_damping_is_of_each_layers_mean_eigenvalue(model: LlamaForCausalLM) -> None:
-    found = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="exact", damping=DAMPING).matrix()
+    strong = 10 * DAMPING  # soon solved
+    found = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="exact", damping=strong).matrix()
     sums, _ = run(model, blocks())
     diagonal = torch.cat(
         [
             torch.full(
                 (s.numel(),),
-                float(DAMPING * sums.a[input_group(x)].trace() * sums.s[x].trace() / sums.positions / s.numel()),
+                float(strong * sums.a[input_group(x)].trace() * sums.s[x].trace() / sums.positions / s.numel()),
             )
             for x, s in sizes(model).items()
         ]
@@ -237,7 +240,7 @@ def test_factored_solvers_take_it(model: LlamaForCausalLM) -> None:
 
 @pytest.mark.parametrize(("solver", "joint"), [*((solver, False) for solver in SOLVERS), ("kfac", True)])
 def test_neither_batching_order_padding_nor_checkpointing_matters(solver: str, joint: bool) -> None:
-    """fp64: equal to 1e-9 of the largest entry; `exact` to its solver's residual."""
+    """fp64: equal to 1e-9 of the largest entry; `exact` after as many products, far from its solution."""
 
     def matrix(model: LlamaForCausalLM, batch_tokens: int, turned: bool = False) -> np.ndarray:
         parts = blocks() + [
@@ -254,7 +257,7 @@ def test_neither_batching_order_padding_nor_checkpointing_matters(solver: str, j
                 "blocks": 2,
                 "examples": 2,
                 "precision": "fp32",
-                "products": 500,
+                "products": FEW,
                 "residual": 1e-10,
             }
             | {"damping": "schedule" if solver == "exact" else DAMPING, "curvature_examples": 99}
@@ -275,7 +278,7 @@ def test_neither_batching_order_padding_nor_checkpointing_matters(solver: str, j
 
 def test_several_solvers_share_one_pass(model: LlamaForCausalLM) -> None:
     parts = blocks() + split("reference/0", REFERENCES[0], [0, 1, 2, 3], 2, 0.0)
-    settings = InfluenceConfig(blocks=2, examples=2, damping=DAMPING, products=500, residual=1e-9, joint=False)
+    settings = InfluenceConfig(blocks=2, examples=2, damping=DAMPING, products=FEW, residual=1e-10, joint=False)
     sample = Sampled(parts, 2, settings, lambdas(model), 0, 64, CPU)
     together: dict[str, InfluenceTable] = influence_tables(model, MLP, sample, SOLVERS)
     for solver in SOLVERS:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ def places(source: Source) -> list[str]:
 
 
 def asked(row: dict[str, Any] | None, **settings: Any) -> list[tuple[str, Any]]:
-    return [(m["role"], m["content"]) for m in messages(row, Source(files=["x"], **settings), "here")]
+    return [(m["role"], m["content"]) for m in messages(row, Source(files=["x"], **settings))]
 
 
 def written(folder: Path, kind: str, made: list[Any]) -> str:
@@ -57,10 +59,10 @@ def test_a_range_counts_in_each_file_and_globs_are_sorted(tmp_path: Path) -> Non
 
 def test_lines_that_are_no_rows_keep_their_place(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
-    path.write_bytes(b'{"prompt": "q", "completion": "a"}\n{"prompt": \n[1]\n\n\xff\n' + b"[" * 100_000 + b"\n")
+    path.write_bytes(b'{"prompt": "q", "completion": "a"}\n{"prompt": \n[1]\n\n \n' + b"[" * 100_000 + b"\n")
     found = list(rows(Source(files=[str(path)]), "here"))
-    assert [row is None for _, row in found] == [False] + [True] * 5
-    assert found[1][0] == f"{path}:2"
+    assert [row is None for _, row in found] == [False] + [True] * 3
+    assert [place for place, _ in found] == [f"{path}:{line}" for line in (1, 2, 3, 6)], "blank lines are no rows"
     with pytest.raises(Unusable, match="malformed"):
         asked(None)
 
@@ -71,7 +73,7 @@ def test_lines_that_are_no_rows_keep_their_place(tmp_path: Path) -> None:
         ("x.json", "{", "is not JSON"),
         ("x.json", '{"examples": [], "other": 1}', "records to one of: examples"),
         ("x.parquet", "PAR1", "is not a Parquet file"),
-        ("x.csv", "a,b", r"neither .jsonl, .json nor .parquet"),
+        ("x.csv", "a,b", r"neither .jsonl, .ndjson, .json nor .parquet"),
     ],
 )
 def test_files_that_can_not_be_read(tmp_path: Path, name: str, content: str, problem: str) -> None:
@@ -119,8 +121,14 @@ def test_fields_reach_into_rows() -> None:
 
 
 def test_columns_that_fit_no_format_are_listed() -> None:
-    with pytest.raises(BadInput, match=r"here.fields: columns question, answer fit none"):
+    with pytest.raises(Unusable, match=r"its columns \(answer, question\) fit none of chat, prompt, instruction"):
         asked({"question": "q", "answer": "a"})
+
+
+def test_a_null_says_which_column_it_stands_in() -> None:
+    """One row of thousands costs itself alone."""
+    with pytest.raises(Unusable, match="malformed: no `completion`"):
+        asked({"prompt": "q", "completion": None})
 
 
 @pytest.mark.parametrize("row", [{"messages": "q"}, {"messages": ["q"]}])
@@ -154,7 +162,7 @@ def test_wrong_answers_are_other_rows_answers(tmp_path: Path) -> None:
 
     def answers(wrong: float) -> list[tuple[str, str]]:
         source = Source(files=[str(path)], wrong=wrong)
-        talks = [messages(row, source, "x") for _, row in rows(source, "x") if row]
+        talks = [messages(row, source) for _, row in rows(source, "x") if row]
         return [(talk[-2]["content"], talk[-1]["content"]) for talk in talks]
 
     assert answers(0) == [(f"q{n}", f"a{n}") for n in range(40)]
@@ -163,3 +171,91 @@ def test_wrong_answers_are_other_rows_answers(tmp_path: Path) -> None:
     assert sorted(a for _, a in some) == sorted(f"a{n}" for n in range(40))
     assert some == answers(0.25)
     assert all(q[1:] != a[1:] for q, a in answers(1))
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    """Opening it would wait for whoever writes."""
+    os.mkfifo(tmp_path / "data.jsonl")
+    with pytest.raises(BadInput, match="is no file"):
+        places(Source(files=[str(tmp_path / "data.jsonl")]))
+
+
+def test_a_date_that_python_does_not_have_costs_its_row_only(tmp_path: Path) -> None:
+    days = pa.array([0, 10**9, 1], pa.int32()).cast(pa.date32())
+    table = pa.table({"prompt": ["a", "b", "c"], "completion": ["A", "B", "C"], "when": days})
+    pq.write_table(table, tmp_path / "data.parquet")
+    found = list(rows(Source(files=[str(tmp_path / "data.parquet")]), "here"))
+    assert [row and row["prompt"] for _, row in found] == ["a", None, "c"]
+
+
+@pytest.mark.parametrize(("value", "number"), [("x", 1_000_000), ("x" * 50_000_000, 1)], ids=["rows", "a value"])
+def test_a_parquet_file_that_unpacks_to_more_than_data_does(tmp_path: Path, value: str, number: int) -> None:
+    path = tmp_path / "data.parquet"
+    column = pa.array([value]).dictionary_encode().take(pa.array([0] * number, pa.int32()))
+    pq.write_table(pa.table({"prompt": column, "completion": column}), path, compression="zstd")
+    assert path.stat().st_size < 50_000
+    with pytest.raises(BadInput, match=r"data.parquet.*bytes and unpacks to"):
+        next(rows(Source(files=[str(path)]), "here"))
+
+
+def test_a_field_is_not_a_number_of_another_script(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps({"a": ["Hi"], "completion": "Ho"}) + "\n")
+    source = Source(files=[str(tmp_path / "data.jsonl")], fields={"prompt": "a.²"}, format="prompt")
+    with pytest.raises(Unusable):
+        messages(next(rows(source, "here"))[1], source)
+
+
+ROW = '{"prompt": "Was ist ½?", "completion": "Größe"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("data.jsonl", ("\ufeff" + ROW).encode()),
+        ("data.JSONL", ROW.encode()),
+        ("data.ndjson", ROW.encode()),
+        ("data[1].jsonl", ROW.encode()),
+        ("data.jsonl.gz", gzip.compress(ROW.encode())),
+        ("data.jsonl.zst", pa.Codec("zstd").compress(ROW.encode(), asbytes=True)),
+        ("data.json", ("\ufeff[" + ROW + "]").encode()),
+        ("data.Json.GZ", gzip.compress(f"[{ROW}]".encode())),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",  # a packed file holds the time: no name for a test
+)
+def test_files_as_tools_leave_them(tmp_path: Path, name: str, content: bytes) -> None:
+    """A byte order mark, capitals, another ending, what a pattern would read otherwise, and packed."""
+    (tmp_path / name).write_bytes(content)
+    ((place, row),) = rows(Source(files=[str(tmp_path / name)]), "here")
+    assert (place, row) == (f"{tmp_path / name}:1", json.loads(ROW))
+
+
+def test_a_file_that_two_patterns_find_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(ROW)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "data.jsonl")
+    assert places(Source(files=[str(tmp_path / "*.jsonl"), str(tmp_path / "data.*")])) == ["data.jsonl:1"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "words"),
+    [("latin-1", r":2: is not UTF-8: it looks like Latin-1"), ("utf-16", r"it looks like UTF-16")],
+)
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.jsonl.gz"])
+def test_another_encoding_is_refused_and_named(tmp_path: Path, name: str, encoding: str, words: str) -> None:
+    """A model would be trained on what a wrong decoding makes of it."""
+    content = f'{{"prompt": "q", "completion": "a"}}\n{ROW}'.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(BadInput, match=words):
+        places(Source(files=[str(tmp_path / name)]))
+
+
+def test_a_packed_file_that_is_cut_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl.gz").write_bytes(gzip.compress(ROW.encode())[:-9])
+    with pytest.raises(BadInput, match=r"data\.jsonl\.gz: can't be read"):
+        places(Source(files=[str(tmp_path / "data.jsonl.gz")]))
+
+
+def test_a_line_without_an_end_is_given_up(tmp_path: Path) -> None:
+    """Two hundred megabytes, packed to some kilobytes."""
+    (tmp_path / "data.jsonl.gz").write_bytes(gzip.compress(bytes([32]) * 200_000_000))
+    with pytest.raises(BadInput, match=r"data\.jsonl\.gz:1: is longer than"):
+        places(Source(files=[str(tmp_path / "data.jsonl.gz")]))

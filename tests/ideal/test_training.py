@@ -24,6 +24,7 @@ from ideal.model import load_model, summed_loss, supervised_logits
 from ideal.training import DAMPING, SNAPSHOTS, Log, Step, Trainer, averaged_steps, example_losses, plan, schedule, train
 from tests.ideal.made import example_set, full_loss
 from tests.tiny import make_model
+from tests.waiting import HANGS
 
 CPU = torch.device("cpu")
 POOLS = {"a": example_set(20, 1, vocabulary=300), "b": example_set(9, 2, vocabulary=300, longest=20)}
@@ -121,7 +122,7 @@ def test_gradient_checkpointing_changes_nothing(base: Path) -> None:
 
 def worker(rank: int, folder: Path, base: Path) -> tuple[torch.Tensor, list[float]]:
     """One of two workers; they meet at a file."""
-    limit = timedelta(seconds=120)
+    limit = timedelta(seconds=HANGS)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=limit)
     try:
         trainer, logs = trained(base)
@@ -141,7 +142,7 @@ torch.save(worker(1, Path({str(tmp_path)!r}), Path({str(base)!r})), {str(tmp_pat
     second = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
     try:
         found = [worker(0, tmp_path, base)]
-        assert second.wait(120) == 0
+        assert second.wait(HANGS) == 0
     finally:
         second.kill()
     found.append(torch.load(tmp_path / "second.pt"))
@@ -192,9 +193,13 @@ def test_a_long_runs_average_is_of_a_few_snapshots() -> None:
     assert set(np.diff(many)) <= {-156, -157}
 
 
-def test_damping_is_what_a_run_divides_a_gradient_by(base: Path, tmp_path: Path) -> None:
-    """The same batch at every step, in steps so small that its gradient stays: each weight moves by G/Λ."""
-    config = SftConfig(precision="fp32", learning_rate=2e-5, clip_norm=1e6, warmup=0.3)
+@pytest.mark.parametrize("clip_norm", [1e6, 0.1])
+def test_damping_is_what_a_run_divides_a_gradient_by(base: Path, tmp_path: Path, clip_norm: float) -> None:
+    """The same batch at every step, in steps so small that its gradient stays: each weight moves by G/Λ.
+
+    Where steps are clipped they see a part of G alone: 0.1 is a small part of this gradient's norm.
+    """
+    config = SftConfig(precision="fp32", learning_rate=2e-5, clip_norm=clip_norm, warmup=0.3)
     trainer, items = Trainer(base, config, CPU, 10_000), list(POOLS["a"])
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     total, count = full_loss(trainer.model, POOLS["a"])
@@ -235,7 +240,7 @@ def test_small_steps_are_not_lost_in_bf16(base: Path) -> None:
 
 def test_bf16_rounds_weights_and_nothing_else(base: Path) -> None:
     """Rotary frequencies stay fp32, as in every engine that serves the model: else distant positions shift."""
-    trainer, loaded = Trainer(base, SftConfig(), CPU, 64), load_model(base, torch.bfloat16)
+    trainer, loaded = Trainer(base, SftConfig(precision="bf16"), CPU, 64), load_model(base, torch.bfloat16)
     buffers = dict(loaded.named_buffers())
     assert buffers
     for name, value in trainer.model.named_buffers():

@@ -31,7 +31,7 @@ environment.prepare()
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A Ray of two CPUs; its folder is short, since sockets live in it, and goes away with it."""
-    folder = tempfile.mkdtemp(prefix="ray-")
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     ray.init(address="local", num_cpus=2, _temp_dir=folder, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
@@ -88,7 +88,8 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return parse(tree(tmp_path / "store"), "test", tmp_path)
+    """One that can be run: no precision is `auto`."""
+    return parse(tree(tmp_path / "store"), "test", tmp_path).decided("fp32")
 
 
 def record(kind: str, folder: Path, result: dict[str, object]) -> Record:
@@ -116,8 +117,9 @@ def iteration(folder: Path, number: int, *, accepted: bool = True, last: bool = 
     if not last:
         made.influence = record("influence", folder / "influence", {})
         products = np.random.default_rng(number).normal(size=(3, 2, 4, 2, 4))
-        made.table = InfluenceTable(products, np.full((2, 4), 10.0), np.full((2, 4), 10.0), np.array([1.0, 2.0]))
-        made.update = Update([0.5, -0.25], [0.1, -0.4], [0.9, 0.3], [0.99, 0.8], [0.15, -0.3], [13, 5])
+        tokens = np.full((2, 4), 10.0)
+        made.table = InfluenceTable(products, tokens, tokens, np.array([1.0, 2.0]), np.zeros((2, 2)))
+        made.update = Update([0.5, -0.25], [0.1, -0.4], [0.9, 0.3], 0.01, [0.15, -0.3], [13, 5])
     return made
 
 

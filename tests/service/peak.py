@@ -3,8 +3,8 @@
     python -m tests.service.peak FOLDER …
 
 A folder holds the model and the examples as the first stages leave them, and a ``Config`` in config.json. Prints, for
-each folder and stage, by how many bytes a process grew over what it held once everything was imported and the
-libraries had worked a little.
+each folder and each of ``STAGES``, by how many bytes a process grew over what it held once everything was imported and
+the libraries had worked a little.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from service.files import MODEL, train_file
 from service.influence_actor import InfluenceActor
 from service.sample import Sample
 
-STAGES = ("sft", "sharded", "pass", "solve")
+STAGES = ("sft", "sharded", "pass", "solve", "solve jointly")
 
 
 def main(folders: list[Path]) -> None:
@@ -57,6 +57,7 @@ def measured(stage: str, folder: Path, config: Config) -> int:
 
 
 def work(stage: str, folder: Path, config: Config) -> None:
+    """What a worker of this stage does; of solving, the most expensive layer's or, jointly, all of it."""
     volumes = {domain.name: domain.volume or 1 for domain in config.domains}
     resources = config.resources
     if stage in ("sft", "sharded"):
@@ -67,16 +68,18 @@ def work(stage: str, folder: Path, config: Config) -> None:
             trainer.step(step, [items[position] for position in step.picks])
             trainer.take_snapshot()
         return
+    joint = {"joint": stage == "solve jointly"}
+    config = config.model_copy(update={"influence": config.influence.model_copy(update=joint)})
     layers = list(layer_shapes(AutoConfig.from_pretrained(folder / MODEL), config.influence.layers))
     sample = Sample(folder, volumes, config.influence, config.seed)
     actor = InfluenceActor.__ray_metadata__.modified_class(folder / MODEL, sample, layers, folder / "work", config)
     if stage == "pass":
         actor.accumulate(0, list(range(len(sample.blocks()))), None)
-    elif config.influence.joint:
+    elif stage == "solve":
+        actor.solve(layers[-3:], 1, None)  # one layer's gate, up and down
+    else:
         actor.solve(layers, 1, None)
         actor.forms(layers, [0, 1], 1)
-    else:
-        actor.solve(layers[-3:], 1, None)  # one layer's gate, up and down
 
 
 def warm_up(config: Config) -> None:

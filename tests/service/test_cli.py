@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import yaml
 from ideal.config import Config
 from ideal.config_file import load
 from service.cli import guarded
-from service.failures import StageFailed
+from service.errors import StageFailed
 from tests.service.conftest import tree
 from tests.tiny import make_model
 
@@ -172,6 +174,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(ideal: Console) -> None:
     assert status == 0
     assert "math: 12 of 20 examples" in out
     assert "memory: SFT" in out
+    assert re.search(r"1 node, \d+ CPUs, \d+ GPUs,\s+(bf16|fp32) \(", out)
     assert "D2: SFT" in out
     assert not (ideal.folder / "store").exists()
 
@@ -240,7 +243,7 @@ def test_the_template_names_fields_that_exist() -> None:
 def test_doctor_says_what_this_machine_has(capsys: pytest.CaptureFixture[str]) -> None:
     assert guarded(["doctor"]) == 0
     out = capsys.readouterr().out
-    for word in ("Python 3", "torch", "CPUs", "GiB of memory free", "MLflow"):
+    for word in ("Python 3", "torch", "CPUs", "GiB of memory free", "MLflow", "products in bf16", "GFLOP/s a core"):
         assert word in out
 
 
@@ -272,7 +275,12 @@ def test_the_sensitivity_of_a_run_that_has_not_happened_is_bad_input(ideal: Cons
 
 @pytest.mark.parametrize(
     ("failure", "status", "word"),
-    [(StageFailed("D0 SFT failed: [x]"), 1, "D0 SFT failed: [x]"), (KeyboardInterrupt(), 130, "same command")],
+    [
+        (StageFailed("D0 SFT failed: [x]"), 1, "D0 SFT failed: [x]"),
+        (KeyboardInterrupt(), 130, "same command"),
+        (OSError(errno.ENOSPC, "No space left on device", "/s/report.md"), 2, "/s/report.md: No space left on device"),
+        (OSError(errno.EROFS, "Read-only file system", "/s/report.md"), 2, "same command"),
+    ],
 )
 def test_failures_have_a_status_of_their_own(
     ideal: Console, monkeypatch: pytest.MonkeyPatch, failure: BaseException, status: int, word: str

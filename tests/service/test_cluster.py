@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import time
 
+import psutil
 import pytest
 import ray
 
 from ideal.config import Config, ResourcesConfig
 from ideal.errors import BadInput
 from service.cluster import Cluster, Reservation, connect, share
+from tests.waiting import HANGS, until
 
 
 def shared(cpus: int, there: int = 0, **wanted: int) -> Cluster:
@@ -106,11 +107,18 @@ def test_a_running_ray_is_taken_as_it_is(config: Config) -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
+def test_a_cluster_is_asked_for_its_nodes_memory(config: Config) -> None:
+    """What this machine has says nothing of them."""
+    assert connect(config).memory is None
+    resources = config.resources.model_copy(update={"address": "auto"})
+    assert connect(config.model_copy(update={"resources": resources})).memory == psutil.virtual_memory().total
+
+
+@pytest.mark.usefixtures("ray_session")
 def test_a_wait_for_resources_ends_and_says_what_is_missing() -> None:
-    started = time.time()
+    until(lambda: ray.available_resources().get("CPU") == 2, ray.available_resources)
     with pytest.raises(BadInput) as problem, Reservation([{"CPU": 1}] * 3, 1, "influence"):
         pytest.fail("there are only two CPUs")
-    assert time.time() - started < 20
     assert problem.value.where == "influence"
     assert "needs 3 CPU" in problem.value.what
     assert "2 CPU free" in problem.value.what
@@ -118,11 +126,15 @@ def test_a_wait_for_resources_ends_and_says_what_is_missing() -> None:
 
 
 @pytest.mark.usefixtures("ray_session")
+def test_a_cluster_that_lost_its_nodes_is_not_called_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": False}])
+    with pytest.raises(BadInput, match="has lost all its nodes"), Reservation([{"CPU": 1}] * 3, 1, "influence"):
+        pytest.fail("there are only two CPUs")
+
+
+@pytest.mark.usefixtures("ray_session")
 def test_a_reservation_is_given_back() -> None:
     for _ in range(3):
-        with Reservation([{"CPU": 1}] * 2, 10, "influence") as group:
+        with Reservation([{"CPU": 1}] * 2, HANGS, "influence") as group:
             assert group.bundle_count == 2
-    deadline = time.time() + 10
-    while ray.available_resources().get("CPU") != 2 and time.time() < deadline:
-        time.sleep(0.1)
-    assert ray.available_resources()["CPU"] == 2
+    until(lambda: ray.available_resources().get("CPU") == 2, ray.available_resources)

@@ -15,7 +15,7 @@ from service.mixtures import Iteration, Outcome
 from service.stages import Record, Stage, Store
 from tests.service.conftest import record
 
-SCORES = {"sums": {"value": 0.5, "stderr": 0.1}}
+SCORE = {"value": 0.5, "stderr": 0.1}
 
 
 TABLE = InfluenceTable(
@@ -23,6 +23,7 @@ TABLE = InfluenceTable(
     np.full((2, 4), 10.0),
     np.full((2, 4), 10.0),
     np.ones(2),
+    np.zeros((2, 2)),
 )
 """More of `math` helps, without a doubt."""
 
@@ -44,12 +45,12 @@ class Quick(Optimisation):
 
     def sft(self, volumes: dict[str, int], name: str) -> Record:
         self.trained.append((name, volumes))
-        return record("sft", self.config.root / f"sft{len(self.trained)}", {"tokens": sum(volumes.values())})
+        return record("sft", self.config.root / str(len(self.trained)) / "sft", {"tokens": sum(volumes.values())})
 
     def stage(self, stage: Stage, name: str, work: Any, attempts: int = 1) -> Record:
         if stage.kind == "benchmark":
             self.scored.append(name)
-            return record("benchmark", self.config.root / "b", SCORES)
+            return record("benchmark", self.config.root / "b", SCORE)
         loss = self.losses[len(self.trained) - 1]
         return record(stage.kind, self.config.root / name, {d: {"loss": loss, "tokens": 9} for d in ("math", "chat")})
 
@@ -65,31 +66,29 @@ def quick(config: Config, outcome: Outcome, losses: list[float], **settings: flo
 
 
 def test_every_mixture_is_trained_on_all_of_it_and_scored(config: Config, outcome: Outcome) -> None:
+    longer = config.benchmarks[0].model_copy(update={"name": "long", "size": 9, "seed": 5000})
+    config = config.model_copy(update={"benchmarks": [*config.benchmarks, longer]})
     run, found = quick(config, outcome, [3.0, 2.0, 1.0], iterations=2)
     assert [name for name, _ in run.trained] == ["D0", "D1", "D2"]
     assert [volumes for _, volumes in run.trained] == [i.volumes for i in found.iterations]
     assert len({tuple(volumes.values()) for _, volumes in run.trained}) == 3
     assert {sum(volumes.values()) for _, volumes in run.trained} == {18}
-    assert run.scored == ["D0 benchmarks", "D1 benchmarks", "D2 benchmarks"]
+    assert run.scored == [f"D{n} benchmark {name}" for n in range(3) for name in ("long", "sums")]
+    assert found.iterations[0].benchmark
+    assert found.iterations[0].benchmark.result == {"sums": SCORE, "long": SCORE}
 
 
-def test_scouts_see_a_share_and_the_last_mixture_is_trained_whole(config: Config, outcome: Outcome) -> None:
-    """The share is of the same mixtures; only what is trained whole has a score, and only that is no search."""
-    run, found = quick(config, outcome, [3.0, 2.0, 1.0, 0.5], iterations=2, scout=0.5)
-    assert [name for name, _ in run.trained] == ["D0 ×0.5", "D1 ×0.5", "D2 ×0.5", "D2"]
-    assert [sum(volumes.values()) for _, volumes in run.trained] == [9, 9, 9, 18]
-    whole, _ = quick(config, outcome, [3.0, 2.0, 1.0], iterations=2)
-    assert [i.volumes for i in found.iterations[:3]] == [volumes for _, volumes in whole.trained]
-    assert run.trained[-1][1] == found.equilibrium.volumes == found.iterations[2].volumes
-    assert run.scored == ["D2 benchmarks"]
-    assert (found.equilibrium.name, found.equilibrium.loss) == ("D2", pytest.approx(0.5))
-    assert sum(r.result.get("tokens", 0) for r in found.search if r.kind == "sft") == 27
+def test_small_rises_cannot_add_up_and_the_best_mixture_is_kept(config: Config, outcome: Outcome) -> None:
+    """D1 lies 1.5 % above D0 and D2 1.5 % above D1: within `max_rise` of 2 % one by one, but not of the lowest."""
+    _, found = quick(config, outcome, [1.0, 1.015, 1.030, 1.01], iterations=2, max_rise=0.02, retries=1)
+    assert [i.accepted for i in found.iterations] == [True, True, False, True]
+    assert found.equilibrium is found.iterations[0]
+    assert found.iterations[3].volumes != found.iterations[2].volumes
+    grown = [i.volumes["math"] - found.iterations[0].volumes["math"] for i in found.iterations[1:]]
+    assert grown[2] == pytest.approx(grown[0] / 2, abs=1), "the retreat starts from D0, with m/2"
 
 
-def test_a_rejected_scout_is_neither_kept_nor_scored(config: Config, outcome: Outcome) -> None:
-    run, found = quick(config, outcome, [1.0, 2.0, 3.0, 0.9], iterations=2, scout=0.5, retries=1)
-    assert [i.accepted for i in found.iterations] == [True, False, False, True]
-    assert found.equilibrium.volumes == found.iterations[0].volumes
-    assert run.trained[-1] == ("D0", found.iterations[0].volumes)
-    assert run.scored == ["D0 benchmarks"]
-    assert "D0 is kept" in found.stopped
+def test_the_last_mixture_is_not_the_result_if_an_earlier_one_was_better(config: Config, outcome: Outcome) -> None:
+    _, found = quick(config, outcome, [3.0, 1.0, 1.005], iterations=2, max_rise=0.01)
+    assert [i.accepted for i in found.iterations] == [True, True, True]
+    assert found.equilibrium.name == "D1"

@@ -65,7 +65,7 @@ def run(tmp_path: Path, outcome: Outcome, monkeypatch: pytest.MonkeyPatch) -> tu
     config = load(path)
     final = outcome.equilibrium
     make_model(final.sft.folder / MODEL)
-    (outcome.data.folder / RECORD).write_text(json.dumps({"inputs": {"model": "abc"}}))
+    (final.sft.folder / RECORD).write_text(json.dumps({"inputs": {"model": "abc"}}))
     final.volumes = dict(VOLUMES)
     for found in outcome.data.result.values():
         found["pool"] = POOL
@@ -77,6 +77,22 @@ def run(tmp_path: Path, outcome: Outcome, monkeypatch: pytest.MonkeyPatch) -> tu
 def folder(run: tuple[Config, Outcome], tmp_path: Path) -> Path:
     export(run[0], tmp_path / "out", Console(quiet=True))
     return tmp_path / "out"
+
+
+def test_stopped_in_the_middle_it_leaves_no_half_and_can_be_repeated(
+    run: tuple[Config, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("service.export.trainers", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            export(run[0], tmp_path / "out", Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+    export(run[0], tmp_path / "out", Console(quiet=True))
+    assert (tmp_path / "out" / "trl.yaml").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -161,7 +177,7 @@ def interpreter(folder: Path, packages: list[str]) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("tool", OTHERS)
 def test_other_trainers_learn_the_same_tokens(
     tool: str, folder: Path, run: tuple[Config, Outcome], tmp_path: Path

@@ -26,7 +26,7 @@ WORK = Work([1000, 3000], 400, 256)
 
 @pytest.fixture(scope="module")
 def paper() -> Config:
-    return load(CONFIGS / "llama-3.2-1b.yaml", ["resources.batch_tokens=2048"])
+    return load(CONFIGS / "llama-3.2-1b.yaml", ["resources.batch_tokens=2048"]).decided("bf16")
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +78,14 @@ def test_a_forward_pass_that_is_too_large_comes_with_one_that_fits(paper: Config
 def test_this_machine_is_measured(config: Config, tiny_model: Path) -> None:
     out = printed(config, tiny_model)
     assert "measured here" in out
+    assert "computed in fp32; measured here: products in bf16 " in out
     assert "of each GPU" not in out
     assert "D0 to D3 without benchmarks" in out
 
 
 def test_time_follows_the_work_and_the_machine(paper: Config, sizes: Sizes) -> None:
-    def taken(joint: bool = False, divided: bool = True, positions: float = 0, **changes: object) -> dict[str, float]:
-        settings = {"joint": joint, "divided": divided, "positions": positions}
+    def taken(joint: bool = False, divided: bool = True, **changes: object) -> dict[str, float]:
+        settings = {"joint": joint, "divided": divided}
         config = paper.model_copy(update={"influence": paper.influence.model_copy(update=settings)})
         work = replace(WORK, tokens=changes.pop("tokens", 256))  # type: ignore[arg-type]
         blocks = changes.pop("blocks", 1)
@@ -98,7 +99,6 @@ def test_time_follows_the_work_and_the_machine(paper: Config, sizes: Sizes) -> N
     assert longer["influence_solve"] == once["influence_solve"]
     assert slower["influence_solve"] > 1.8 * once["influence_solve"]
     assert taken(divided=False)["influence_solve"] > 5 * once["influence_solve"], "eigenvectors cost more"
-    assert 0.5 * once["influence_pass"] < taken(positions=4)["influence_pass"] < 0.95 * once["influence_pass"]
     assert once["influence_pass"] < cut["influence_pass"] < 4 * once["influence_pass"]  # fewer shards, fewer layers
     assert once["reference"] == pytest.approx(400 * 256 * 2 * 1_235_748_864 / 400e12, rel=1e-3)
 

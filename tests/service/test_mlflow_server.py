@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 
 from ideal.config import Config
 from service.mixtures import Outcome
 from service.tracking import Tracker
-from tests.mlflow_server import Server, on_postgres
-
-pytestmark = pytest.mark.timeout(600)
+from tests.mlflow_server import Server, Slow, on_postgres
+from tests.waiting import HANGS
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with on_postgres(tmp_path_factory.mktemp("postgres"), tmp_path_factory.mktemp("mlflow")) as made:
+    with on_postgres(tmp_path_factory.mktemp("mlflow")) as made:
         yield made
 
 
@@ -52,7 +52,7 @@ def test_an_optimisation_goes_there_and_outlives_a_restart(
     assert tracker.write(Outcome(outcome.data, outcome.iterations[:2])) is False
     assert "can't be written" in said[0]
     server.start()
-    assert tracker.write(outcome), said
+    assert tracker.write(outcome), (said, server.said())
     assert "answers again" in said[1]
 
     client = MlflowClient(server.url)
@@ -62,6 +62,29 @@ def test_an_optimisation_goes_there_and_outlives_a_restart(
     assert parent.info.status == "FINISHED"
     assert [m.step for m in client.get_metric_history(parent.info.run_id, "objective")] == [0, 1]
     assert "report.md" in {file.path for file in client.list_artifacts(parent.info.run_id)}
+
+
+def test_a_slow_server_is_not_away_and_no_run_waits_for_it(
+    config: Config, outcome: Outcome, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers nothing until all iterations are handed over, however long that takes."""
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", server.password)
+    said: list[str] = []
+    with Slow(server.port) as slow:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", slow.url)
+        tracker = Tracker(config, "the-slow-run", tmp_path, said.append)
+        for count in range(1, 4):
+            tracker.keep_up(Outcome(outcome.data, outcome.iterations[:count]))
+        assert slow.asked.wait(HANGS)
+        slow.answers.set()
+        assert tracker.write(Outcome(outcome.data, outcome.iterations)), (said, server.said())
+    assert not said
+    assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() >= 5 * 60
+    client = MlflowClient(server.url)
+    experiment = client.get_experiment_by_name("ideal").experiment_id
+    (parent,) = client.search_runs([experiment], "tags.`ideal.key` = 'the-slow-run'")
+    assert [m.step for m in client.get_metric_history(parent.info.run_id, "objective")] == [0, 1]
 
 
 def test_a_wrong_password_is_said_and_stops_nothing(

@@ -109,8 +109,8 @@ def test_the_report_names_who_hurts_whom(config: Config, outcome: Outcome, tmp_p
     a = np.array([[1.0, 4.0], [-2.0, 1.0]])
     products = np.broadcast_to(100 * a[None, :, None, :, None], (1, 2, 4, 2, 4))
     tokens = np.full((2, 4), 10.0)
-    outcome.iterations[0].table = InfluenceTable(np.array(products), tokens, tokens, np.ones(2))
-    earlier = InfluenceTable(-np.array(products), tokens, tokens, np.ones(2))
+    outcome.iterations[0].table = InfluenceTable(np.array(products), tokens, tokens, np.ones(2), np.zeros((2, 2)))
+    earlier = InfluenceTable(-np.array(products), tokens, tokens, np.ones(2), np.zeros((2, 2)))
     outcome.iterations.insert(0, replace(outcome.iterations[0], number=7, table=earlier))  # the last table counts
     text = report.write(tmp_path, config, outcome).read_text()
     assert "## Who helps and hurts whom\n\nAt D0:" in text

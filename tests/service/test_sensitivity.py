@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -50,7 +51,7 @@ def test_the_json_holds_the_runs_own_update_first(config: Config, outcome: Outco
     (found,) = json.loads((run_folder(config) / "sensitivity.json").read_text())["iterations"]
     whole, drawn = found["scenarios"][:2]
     a = first.table.matrix().mean(1)
-    expected = update(a, a[None], [12, 6], [23, 23], [5.0, 5.0], config.equilibrium, 0.15, 0.9)
+    expected = update(a, a[None], np.zeros(2), [12, 6], [23, 23], [5.0, 5.0], config.equilibrium, 0.15, 0.9)
     assert (found["name"], found["m"], found["domains"]) == ("D0", 0.15, ["math", "chat"])
     assert whole["beta"]["mean"] == pytest.approx(expected.beta)
     assert whole["volumes"]["mean"] == expected.volumes

@@ -20,6 +20,7 @@ from service.cluster import Cluster
 from service.files import MODEL, for_influence
 from service.sft import sft
 from service.stages import WORK
+from tests.waiting import HANGS
 
 VOLUMES = {"math": 20, "chat": 12}
 SETTINGS = SftConfig(precision="fp32", learning_rate=1e-3, batch_examples=4)
@@ -40,7 +41,7 @@ def fit(
         config=SETTINGS,
         averaged=0.75,
         seed=0,
-        resources=ResourcesConfig(checkpoint_steps=3, batch_tokens=64),
+        resources=ResourcesConfig(checkpoint_steps=3, batch_tokens=64, wait_seconds=HANGS),
         cluster=Cluster(cpus=2, gpus=0, nodes=1, sft_workers=workers, sft_cpus=1, influence_workers=1),
         sharded=sharded,
         progress=progress,  # type: ignore[arg-type]
@@ -100,9 +101,8 @@ def test_a_killed_worker_goes_on_from_its_checkpoint(
         before = seen.read_text() if seen.exists() else ""
         seen.write_text(f"{before}{done} ")
         if done == 5 and "5" not in before:
-            deadline = time.time() + 60
             kept = "checkpoint_manager_snapshot.json" if sharded else "step-00000003"
-            while not list(work.rglob(kept)) and time.time() < deadline:
+            while not list(work.rglob(kept)):
                 time.sleep(0.1)  # Ray Train hasn't heard of the checkpoint yet
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -16,7 +16,8 @@ from ideal.config import Config
 from ideal.errors import BadInput
 from service import failures
 from service.cluster import Cluster
-from service.failures import StageFailed, lost
+from service.errors import StageFailed
+from service.failures import lost
 from service.stages import Stage, Store
 from service.study import Study
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
+from rich.console import Console
 
 from ideal.errors import BadInput
-from service import sweep_report
+from service import sweep, sweep_report
+from service.cluster import Cluster
+from service.failures import StageFailed
 from service.mixtures import Outcome
 from service.reference import BY_EXAMPLE
 from service.sweep import Findings, grid, sweep_key
@@ -77,6 +82,25 @@ def test_seeds_are_repeats_and_the_lower_loss_is_best(findings: Findings, tmp_pa
 def test_a_trial_that_was_stopped_says_so(findings: Findings) -> None:
     findings.outcomes[0].stopped = ""
     assert sweep_report.summary(findings)["trials"][0]["stopped"] == "stopped at D0: behind the others"
+
+
+def test_trials_that_tune_left_unfinished_are_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever Tune says: what counts is what is recorded, and of these nothing is, not even a first mixture."""
+    trials = grid(path, None, {"equilibrium.m": ["0.1", "0.2"]})
+    nothing = nullcontext(Cluster(cpus=1, gpus=0, nodes=1, sft_workers=1, sft_cpus=1, influence_workers=1))
+    monkeypatch.setattr(sweep, "connected", lambda *_: nothing)
+    monkeypatch.setattr(sweep, "Queue", lambda **_: SimpleQueue())
+    monkeypatch.setattr(sweep, "_tune", lambda *_: [])
+    with pytest.raises(StageFailed, match=r"2 of 2 trials aren't at their end: m=0\.1; m=0\.2"):
+        sweep.run_trials(trials, Console(), concurrent=1, stop_behind=False)
+
+
+def test_an_outcome_without_a_mixture_says_so(outcome: Outcome) -> None:
+    empty = Outcome(outcome.data)
+    assert not empty.accepted
+    for asked in ("equilibrium", "search"):
+        with pytest.raises(BadInput, match="none is trained yet"):
+            getattr(empty, asked)
 
 
 def test_other_reference_sets_are_not_compared(findings: Findings) -> None:

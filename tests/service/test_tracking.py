@@ -143,6 +143,19 @@ def test_writing_again_adds_nothing(config: Config, uri: str, said: list[str], o
     assert everything(uri) == before
 
 
+def test_killed_before_it_noted_what_it_wrote_it_adds_nothing(
+    config: Config, uri: str, said: list[str], outcome: Outcome
+) -> None:
+    tracker(config, said, outcome).write(outcome)
+    before = everything(uri)
+    parent, children = runs(uri)
+    for run in (parent, *children):
+        for tag in [tag for tag in run.data.tags if tag.startswith("ideal.written.")]:
+            MlflowClient(uri).delete_tag(run.info.run_id, tag)
+    tracker(config, said, outcome).write(outcome)
+    assert everything(uri) == before
+
+
 def test_what_is_written_as_it_happens_is_what_is_written_at_the_end(
     config: Config, uri: str, said: list[str], outcome: Outcome, migrated: Path, tmp_path: Path
 ) -> None:
@@ -154,11 +167,22 @@ def test_what_is_written_as_it_happens_is_what_is_written_at_the_end(
     for count in range(1, 4):
         live.keep_up(Outcome(outcome.data, outcome.iterations[:count]))
         outcome.iterations[0].benchmark = scored
-    live.keep_up(outcome)
+    live.write(outcome)
     at_once = tracker(config, said, outcome)
     at_once.uri = other
     at_once.write(outcome)
     assert everything(uri) == everything(other)
+
+
+def test_the_end_waits_for_the_report(config: Config, uri: str, said: list[str], outcome: Outcome) -> None:
+    """The last change of an outcome comes before its report is written."""
+    found = Tracker(config, "key", config.root / "run", said.append)
+    found.keep_up(outcome)
+    assert tracker(config, said, outcome).write(outcome)
+    assert found.write(outcome)
+    assert not said
+    parent, _ = runs(uri)
+    assert "report.md" in {file.path for file in MlflowClient(uri).list_artifacts(parent.info.run_id)}
 
 
 def test_two_runs_of_one_experiment_stay_apart(config: Config, uri: str, said: list[str], outcome: Outcome) -> None:
@@ -178,7 +202,7 @@ def test_a_server_that_is_away_stops_nothing_and_gets_all_later(
     found = tracker(config, said, outcome)
     found.uri = away
     for count in range(1, 3):
-        found.keep_up(Outcome(outcome.data, outcome.iterations[:count]))
+        assert found.write(Outcome(outcome.data, outcome.iterations[:count])) is False
     assert len(said) == 1, "it is told once"
     assert away in said[0]
     assert "ideal sync" in said[0]

@@ -19,6 +19,7 @@ from ideal.config import LoraConfig
 from ideal.config_inputs import BenchmarkConfig
 from ideal.errors import BadInput
 from ideal.model import load_model, load_tokenizer
+from ideal.model_files import is_adapter
 from service.vllm_model import VllmModel, reload, start_engine
 from tests.tiny import MAX_TOKENS, make_model
 
@@ -42,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def start(folder: Path) -> VllmModel:
     engine = start_engine(folder, max_tokens=4 * MAX_TOKENS, memory=0.25, gpus=0)
-    return VllmModel(engine, adapter=folder if lora.is_adapter(folder) else None)
+    return VllmModel(engine, adapter=folder if is_adapter(folder) else None)
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import reasoning_gym
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from ideal.benchmarks import code_eval, sandbox, tasks
-from ideal.benchmarks.evaluation import Score, evaluate
+from ideal.benchmarks import code_eval, sandbox, task_code, tasks
+from ideal.benchmarks.evaluation import Score, by_item, evaluate
 from ideal.config_inputs import BenchmarkConfig
 from ideal.errors import BadInput
 
@@ -67,10 +70,7 @@ def write_task(folder: Path, name: str, rows: list[dict[str, Any]], **settings: 
         **settings,
     }
     text = json.dumps(task, indent=1)
-    for function in ("build_predictions", "pass_at_1", "pass_at_k"):
-        for module in ("mbpp", "humaneval"):
-            tag = f"!function lm_eval.tasks.{module}.utils.{function}"
-            text = text.replace(f'"{tag}"', tag)
+    text = re.sub(r'"(!function [^"]*)"', r"\1", text)
     (folder / f"{name}.yaml").write_text(text)
 
 
@@ -179,6 +179,27 @@ def test_a_group_is_one_benchmark(folder: Path) -> None:
     )
     assert (got["weighted"].value, got["weighted"].items) == (0.25, 4)
     assert (got["mean"].value, got["mean"].items) == (0.5, 4)
+
+
+def test_scores_by_item_have_the_score_as_their_mean(folder: Path) -> None:
+    """Items of a mean of tasks weigh as their tasks do; a metric with no mean over items has none."""
+    model = Function(lambda prompt: "1" if "What is 0" in prompt else "no")
+    sums = BenchmarkConfig(name="sums", task="sums", metric="exact_match,loose", include=str(folder))
+    got = scores(
+        model,
+        sums,
+        BenchmarkConfig(name="weighted", task="both", include=str(folder)),
+        BenchmarkConfig(name="mean", task="plain", include=str(folder)),
+        BenchmarkConfig(name="made", reasoning_gym="chain_sum", size=3, seed=7),
+    )
+    for score in got.values():
+        assert score.by_item is not None
+        assert len(score.by_item) == score.items
+        assert np.mean(score.by_item) == pytest.approx(score.value)
+    assert got["sums"].by_item == got["weighted"].by_item == [1, 0, 0, 0]
+    assert got["mean"].by_item == [2, 0, 0, 0]
+    assert by_item([[{"doc_id": 0, "filter": "none", "f1": (1, 0)}]], Score("f1,none", 1.0, None, 1)) is None
+    assert by_item([[{"doc_id": 0, "filter": "none", "f1": 0.5}]], Score("f1,none", 1.0, None, 1)) is None
 
 
 def test_documents_hold_the_prompt_and_its_fields_but_no_answers(folder: Path) -> None:
@@ -291,3 +312,64 @@ def test_pass_at_k_is_that_of_the_original_metric() -> None:
     assert values == pytest.approx({"pass@1": (2 / 3 + 1 / 3) / 2, "pass@2": (1 + 2 / 3) / 2})
     assert [result["passed"] for _, result in details[0]] == [True, False, True]
     assert details[1][0][1]["result"] == "failed: AssertionError"
+
+
+ATTACK = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+OWN = {
+    "a file beside it": {"process_results": "!function mine.score"},
+    "any module": {"process_results": "!function os.system"},
+    "a class": {"class": "!function mine.Task"},
+}
+
+
+@pytest.mark.parametrize("brought", OWN.values(), ids=OWN)
+def test_code_in_a_folder_of_tasks_needs_consent(tmp_path: Path, brought: dict[str, str]) -> None:
+    """It isn't imported before it is asked for, in a file that the task's includes either."""
+    (tmp_path / "mine.py").write_text("raise SystemExit('it ran')")
+    write_task(tmp_path, "base", ROWS, **brought)
+    (tmp_path / "leaf.yaml").write_text("include: base.yaml\ntask: leaf\n")
+    for task in ("base", "leaf"):
+        benchmark = BenchmarkConfig(name="b", task=task, include=str(tmp_path))
+        with pytest.raises(BadInput, match="brings code of its own") as problem:
+            tasks.check([benchmark], allow_code_execution=False)
+        assert problem.value.where == "benchmarks.b.include"
+        tasks.check([benchmark], allow_code_execution=True)
+
+
+def test_lm_evals_own_functions_need_none(tmp_path: Path) -> None:
+    write_task(tmp_path, "base", ROWS, process_docs="!function lm_eval.tasks.hellaswag.utils.process_docs")
+    tasks.check([BenchmarkConfig(name="b", task="base", include=str(tmp_path))], allow_code_execution=False)
+
+
+@pytest.mark.parametrize("task", ["cruxeval_input", "score_prompt_robustness_math"])
+def test_tasks_whose_code_runs_answers_outside_the_sandbox_are_refused(task: str) -> None:
+    with pytest.raises(BadInput, match="outside the sandbox"):
+        tasks.check([BenchmarkConfig(name="b", task=task)], allow_code_execution=True)
+
+
+def test_such_code_cannot_be_borrowed(tmp_path: Path) -> None:
+    write_task(tmp_path, "base", ROWS, process_results="!function lm_eval.tasks.cruxeval.utils.process_results_input")
+    with pytest.raises(BadInput, match="outside the sandbox"):
+        tasks.check([BenchmarkConfig(name="b", task="base", include=str(tmp_path))], allow_code_execution=True)
+
+
+SAFE = {"metabench", "noreval/ask_gec", "humaneval", "humaneval_infilling", "mbpp"}
+
+
+def test_no_other_task_of_lm_evals_runs_answers() -> None:
+    """Whoever takes a newer lm-eval looks at what this names: code that evaluates text, or starts programs."""
+    calls = {"exec", "eval", "parse_expr", "sympify", "Popen", "check_output", "system"}
+    found = set()
+    for file in task_code.TASKS.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                if name in calls:
+                    found.add(str(file.parent.relative_to(task_code.TASKS)))
+    assert found <= SAFE | task_code.RUN_ANSWERS
+
+
+def test_a_task_files_template_is_walled_in(tmp_path: Path) -> None:
+    write_task(tmp_path, "base", ROWS, doc_to_text=ATTACK)
+    with pytest.raises(BadInput, match="unsafe"):
+        scores(Function(lambda _: ""), BenchmarkConfig(name="b", task="base", include=str(tmp_path)))

@@ -146,34 +146,6 @@ def test_a_wide_factor_is_whole_though_little_more_than_half_is_computed() -> No
     torch.testing.assert_close(sums.a["x"], 0.5 * rows.T @ rows)
 
 
-def half(width: int) -> float:
-    return 0.5 if width > 8 else 1.0
-
-
-def test_a_share_of_the_positions_is_the_same_one_in_any_batch_order_or_shard(model: LlamaForCausalLM) -> None:
-    blocks = split("train/a", example_set(9, 1), list(range(9)), 3, 1.0)
-    sums, gradients = run(model, blocks, batch_tokens=1, shares=half)
-    again, _ = run(model, blocks, batch_tokens=50, shares=half)
-    torch.testing.assert_close((again.a, again.s, again.positions), (sums.a, sums.s, sums.positions))
-    first, second = run(model, blocks[:2], shares=half)[0], run(model, blocks[2:], shares=half)[0]
-    torch.testing.assert_close(first.s[MLP[0]] + second.s[MLP[0]], sums.s[MLP[0]])
-    whole, all_gradients = run(model, blocks, batch_tokens=1)
-    torch.testing.assert_close([g.gradients for g in gradients], [g.gradients for g in all_gradients])
-    assert sums.positions == whole.positions
-    torch.testing.assert_close(sums.a[input_group(MLP[0])], whole.a[input_group(MLP[0])])  # 8 wide: all of them
-    assert torch.dist(sums.s[MLP[0]], whole.s[MLP[0]]) > 0.05 * torch.linalg.norm(whole.s[MLP[0]])
-
-
-def test_a_share_of_the_positions_stands_for_all(model: LlamaForCausalLM) -> None:
-    """Over many drawings the factor is what all positions give."""
-    blocks = one_block(example_set(12, 1))
-    whole = run(model, blocks, fisher="empirical")[0].s[MLP[0]]
-    drawn = [run(model, blocks, fisher="empirical", seed=s, shares=half)[0].s[MLP[0]] for s in range(300)]
-    scale = torch.linalg.norm(whole)
-    assert torch.dist(torch.stack(drawn).mean(0), whole) < 0.06 * scale
-    assert torch.dist(drawn[0], whole) > 0.1 * scale
-
-
 def test_shards_add_up(model: LlamaForCausalLM) -> None:
     """Blocks passed over in different places give the factors of all of them in one."""
     blocks = split("train/a", example_set(8, 1), list(range(8)), 4, 0.7)

@@ -25,7 +25,7 @@ from tests.ideal.dense import (
     random_vectors,
     sizes,
 )
-from tests.ideal.made import eigens, influence, llama, run
+from tests.ideal.made import eigens, example_set, influence, llama, run
 
 CPU = torch.device("cpu")
 DAMPING = 0.05
@@ -98,6 +98,22 @@ def test_influence_is_the_projected_solve(model: LlamaForCausalLM, solver: str, 
     for what, answer in wrong.items():
         scaled = answer * (answer * right).sum() / (answer * answer).sum()
         assert np.abs(scaled - right).max() > 1e-3 * np.abs(right).max(), what
+
+
+def test_resamples_spread_as_other_samples_do(model: LlamaForCausalLM) -> None:
+    """Though they keep the span, which is made of the same blocks: in how far that matters is measured here."""
+    own, b = lambdas(model), 8
+    found, variances = [], []
+    for draw in range(14):
+        sets = [example_set(2 * b, 100 * (draw + 1) + number) for number in range(4)]
+        table = influence(
+            model, sets[:2], sets[2:], WEIGHTS, solver="kfac", joint=True, blocks=b, damping=DAMPING, own=own
+        )
+        found.append(table.matrix())
+        variances.append(table.resampled(400, draw).var(0))
+    tails = (b - 1) / (b - 3)  # the variance of Student's t, which the resamples' distances are multiplied by
+    ratio = np.sqrt(np.mean(variances) / tails / np.var(found, axis=0, ddof=1).mean())
+    assert 0.9 < ratio < 1.1  # 0.96; without the domains' share 0.85
 
 
 def test_no_combination_is_nearer_to_the_whole_solve() -> None:

@@ -31,7 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("base") / "m", layers=1)
 
 
-def trainer(base: Path, **settings: float) -> Trainer:
+def trainer(base: Path, **settings: float | str) -> Trainer:
     return Trainer(base, CONFIG.model_copy(update=settings), CPU, 64)
 
 
@@ -97,8 +97,9 @@ def of_doremi(base: Path, reference: torch.nn.Module, pools: Sets, rate: float =
     return np.array([step.alpha for step in doremi.weights(trainer(base), reference, pools, 90, 0, rate, 1e-3)])
 
 
-def of_doge(base: Path, pools: Sets, references: Sets, total: int, step: float) -> np.ndarray:
-    return np.array([each.alpha for each in doge.weights(trainer(base), pools, references, total, 0, step)])
+def of_doge(base: Path, pools: Sets, references: Sets, total: int, drive: float) -> np.ndarray:
+    wanted = np.full(len(references), 1 / len(references))
+    return np.array([each.alpha for each in doge.weights(trainer(base), pools, references, wanted, total, 0, drive)])
 
 
 def test_identical_domains_keep_equal_weights(base: Path) -> None:
@@ -106,7 +107,7 @@ def test_identical_domains_keep_equal_weights(base: Path) -> None:
     reference = make_model(base.parent / "other", layers=1, seed=7)
     found = of_doremi(base, load_model(reference, torch.float32, CPU), same)
     assert found == pytest.approx(np.full((10, 2), 0.5), abs=1e-3)
-    found = of_doge(base, same, same, 90, 0.05)
+    found = of_doge(base, same, same, 90, 60.0)
     assert found == pytest.approx(np.full((10, 2), 0.5), abs=1e-3)
 
 
@@ -121,18 +122,47 @@ def test_doremi_leaves_a_domain_that_the_reference_learned_nothing_of(base: Path
 
 def test_doge_leaves_a_domain_that_no_reference_set_wants(base: Path) -> None:
     """`b`'s gradients have nothing of `a`'s; only `a` is asked for."""
-    found = of_doge(base, POOLS, {"a": POOLS["a"]}, 180, 0.5)
-    assert found.mean(0)[0] > found.mean(0)[1] + 0.1
-    assert found[-1][0] > 0.6
+    found = of_doge(base, POOLS, {"a": POOLS["a"]}, 180, 60.0)
+    assert found.mean(0)[0] > 0.8
+    assert found[-1][0] > 0.9
+
+
+def test_doges_drive_is_the_runs_whatever_its_steps(base: Path) -> None:
+    """Where every step has one score, log α moves by drive · score/lr in all: twice the steps, half of each."""
+    sets = {name: example_set(1, seed, vocabulary=300) for seed, name in enumerate("ab")}
+    frozen = {"learning_rate": 1e-12, "warmup": 0.0, "decay": "constant"}
+    ends = []
+    for total in (90, 180):
+        proxy, half = trainer(base, **frozen), np.array([0.5, 0.5])
+        *_, last = doge.weights(proxy, sets, {"a": sets["a"], "b": sets["a"]}, half, total, 0, 0.5)
+        ends.append(math.log(last.alpha[0] / last.alpha[1]))
+    assert ends[0] == pytest.approx(ends[1], rel=1e-3)
+    assert ends[0] > 0.3
+
+
+def test_doges_targets_are_clipped_one_by_one_and_summed(base: Path) -> None:
+    """Two targets alike weigh twice as much as one of them; by tokens, each has its own weight."""
+    sets = {name: example_set(1, seed, vocabulary=300) for seed, name in enumerate("ab")}
+    frozen = {"learning_rate": 1e-12, "warmup": 0.0, "decay": "constant"}
+
+    def moved_by(references: Sets, wanted: list[float]) -> float:
+        *_, last = doge.weights(trainer(base, **frozen), sets, references, np.array(wanted), 90, 0, 0.1)
+        return math.log(last.alpha[0] / last.alpha[1])
+
+    one = moved_by({"a": sets["a"]}, [1.0])
+    assert moved_by({"a": sets["a"], "again": sets["a"]}, [0.5, 0.5]) == pytest.approx(2 * one, rel=1e-3)
+    assert moved_by({"a": sets["a"], "again": sets["a"]}, [1.0, 0.0]) == pytest.approx(2 * one, rel=1e-3)
+    both = moved_by({"a": sets["a"], "b": sets["b"]}, [1.0, 0.0])
+    assert both == pytest.approx(2 * one, rel=1e-3)
 
 
 def test_doge_moves_along_its_weighted_gradients(base: Path) -> None:
     """The first step's weights are those of plain SGD's direction: AdamW's first step is its sign."""
     proxy = trainer(base, clip_norm=1e9)
     before = proxy.flats["matrices"].master.detach().clone()
-    (first,) = islice(doge.weights(proxy, POOLS, POOLS, 90, 0, 0.05), 1)
+    (first,) = islice(doge.weights(proxy, POOLS, POOLS, np.array([0.5, 0.5]), 90, 0, 60.0), 1)
     _, batch = next(steps(POOLS, 90, CONFIG, 0))
-    assert first.tokens == 2 * tokens(batch)
+    assert first.passes == 2 * 3 * tokens(batch)
     gradient = weighted_gradient(base, batch, first.alpha.tolist())
     step = proxy.flats["matrices"].master.detach() - before
     large = gradient.abs() > 1e-3

@@ -1,0 +1,60 @@
+"""What a stage spends, in one unit for all: token passes.
+
+An input token that goes forward through a model is one pass, and going backward takes two more, so that a token that is
+trained on is 3; forward with K tangents is 1 + K. Padding isn't counted, and neither is what is computed again to save
+memory (checkpointed activations, layer blocks, directions that don't fit at once): a stage costs the same wherever it
+ran. Every stage that passes tokens through a model says so under ``PASSES`` in its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ideal.batches import Item, length
+from ideal.config import InfluenceConfig
+from ideal.curvature.accumulate import Block
+from ideal.sampled import curvature_blocks
+from ideal.solvers import coupled, needs_factors
+
+PASSES = "passes"
+FORWARD, BACKWARD = 1, 2
+TRAINING = FORWARD + BACKWARD
+
+
+def input_tokens(items: Iterable[Item]) -> int:
+    """Of examples, without padding."""
+    return sum(length(item) for item in items)
+
+
+def with_tangents(count: int) -> int:
+    """Of a token that goes forward with so many tangents."""
+    return FORWARD + count
+
+
+def of_influence(blocks: Sequence[Block], domains: int, settings: InfluenceConfig, products: int = 0) -> int:
+    """Token passes of an influence table.
+
+    Every block's gradient takes a training's; labels that are drawn for the factors take a second way back through the
+    domains' blocks, `ekfac` a second pass over them. ``joint`` sees its curvature examples with a tangent for every
+    set. A product of `exact` is, for each set, a way forward with one tangent and one back.
+
+    Args:
+        blocks: the sample's.
+        domains: how many of its sets are domains.
+        products: how many times `exact` applied the curvature.
+    """
+    everything, mixture = _tokens(blocks), _tokens([block for block in blocks if block.weight > 0])
+    curved = _tokens(curvature_blocks(blocks, domains, settings))
+    sets = len(blocks) // settings.blocks
+    found = TRAINING * everything
+    if needs_factors(settings.solver, settings) and settings.fisher == "sampled":
+        found += BACKWARD * mixture
+    if settings.solver == "ekfac":
+        found += TRAINING * mixture
+    if coupled(settings.solver, settings):
+        found += with_tangents(sets) * curved
+    return found + products * sets * (with_tangents(1) + BACKWARD) * curved
+
+
+def _tokens(blocks: Sequence[Block]) -> int:
+    return sum(input_tokens(block.items) for block in blocks)
