@@ -50,9 +50,6 @@ def start(cpus: int, options: dict[str, Any]) -> None:
     Raises:
         BadInput: one of its processes ended in each of ``TRIES`` starts, or took longer than ``PATIENCE``.
     """
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
-    ray_constants.ENABLE_RAY_CLUSTER = False  # which was read as it was imported
     system = {
         "num_workers_soft_limit": cpus,  # idle processes; else they go whenever actors work
         "health_check_failure_threshold": 100,  # this machine is the only node: it may be slow, never lost
@@ -60,7 +57,7 @@ def start(cpus: int, options: dict[str, Any]) -> None:
     for left in reversed(range(TRIES)):
         before = psutil.Process().children()
         try:
-            with patient_registration():
+            with _settings(), patient_registration():
                 ray.init(
                     address="local",
                     num_cpus=cpus,
@@ -103,6 +100,21 @@ def _watch() -> None:
                 return
             begin_again_if_dead()
         time.sleep(LOOK)
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """For Ray's processes, which inherit them, and not for what this process starts besides."""
+    before = os.environ.copy(), ray_constants.ENABLE_RAY_CLUSTER
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    ray_constants.ENABLE_RAY_CLUSTER = False  # which was read as it was imported
+    try:
+        yield
+    finally:
+        for name in SETTINGS.keys() - before[0].keys():
+            del os.environ[name]
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
 
 
 class RayletDied(Exception):
