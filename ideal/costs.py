@@ -9,20 +9,23 @@ ran. Every stage that passes tokens through a model says so under ``PASSES`` in 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Final
 
-from ideal.batches import Item, length
 from ideal.config import InfluenceConfig
-from ideal.curvature.accumulate import Block
-from ideal.sampled import curvature_blocks
-from ideal.solvers import coupled, needs_factors
 
-PASSES = "passes"
+if TYPE_CHECKING:  # they load torch
+    from ideal.batches import Item
+    from ideal.curvature.accumulate import Block
+
+PASSES: Final = "passes"
 FORWARD, BACKWARD = 1, 2
 TRAINING = FORWARD + BACKWARD
 
 
 def input_tokens(items: Iterable[Item]) -> int:
     """Of examples, without padding."""
+    from ideal.batches import length
+
     return sum(length(item) for item in items)
 
 
@@ -43,6 +46,9 @@ def of_influence(blocks: Sequence[Block], domains: int, settings: InfluenceConfi
         domains: how many of its sets are domains.
         products: how many times `exact` applied the curvature.
     """
+    from ideal.sampled import curvature_blocks
+    from ideal.solvers import coupled, needs_factors
+
     everything, mixture = _tokens(blocks), _tokens([block for block in blocks if block.weight > 0])
     curved = _tokens(curvature_blocks(blocks, domains, settings))
     sets = len(blocks) // settings.blocks

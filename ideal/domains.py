@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from ideal.chat import ChatEncoder, Example, Message, Unusable
 from ideal.config import Config
-from ideal.config_inputs import Source
+from ideal.config_inputs import DomainConfig, Source
 from ideal.errors import BadInput
 from ideal.examples import ExampleSet
 from ideal.sources import messages, rows
@@ -98,7 +98,7 @@ def prepare(config: Config, encoder: ChatEncoder, benchmark_texts: Iterable[str]
     Raises:
         BadInput: a source can't be read, or has too many unusable rows, or a domain has no example left.
     """
-    read = dict(encoded(config, encoder))
+    read = dict(encoded(config.domains, encoder))
     check_rejected({name: accounts(*parts) for name, parts in read.items()}, config.max_rejected)
     held = held_out(benchmark_texts, [reference.questions for _, reference in read.values()])
     domains = []
@@ -112,7 +112,7 @@ def prepare(config: Config, encoder: ChatEncoder, benchmark_texts: Iterable[str]
 
 
 def encoded(
-    config: Config,
+    domains: Sequence[DomainConfig],
     encoder: ChatEncoder,
     progress: Callable[[str, int, int], None] = lambda message, done, total: None,
 ) -> Iterator[tuple[str, tuple[Encoded, Encoded]]]:
@@ -124,8 +124,8 @@ def encoded(
     Raises:
         BadInput: a source can't be read, or has no rows.
     """
-    for number, domain in enumerate(config.domains):
-        progress(domain.name, number, len(config.domains))
+    for number, domain in enumerate(domains):
+        progress(domain.name, number, len(domains))
         reference = _encode(domain.reference, f"domains.{domain.name}.reference", encoder)
         yield domain.name, (_encode(domain.train, f"domains.{domain.name}.train", encoder), reference)
 

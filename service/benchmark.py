@@ -18,8 +18,8 @@ import ray
 from ideal.config import Config
 from ideal.config_inputs import BenchmarkConfig
 from service.cluster import Cluster, Reservation
-from service.files import MODEL
 from service.progress import Reporter
+from service.store.layout import MODEL
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -120,7 +120,7 @@ class Benchmarks:
         for engine in shared or [None] * engines_needed(config, cluster):
             self._idle.put(engine)
 
-    def score(self, benchmark: BenchmarkConfig, *, checkpoint: Path, progress: Reporter) -> dict[str, Any]:
+    def score(self, benchmark: BenchmarkConfig, *, checkpoint: Path, seed: int, progress: Reporter) -> dict[str, Any]:
         """A benchmark's score of the checkpoint of an SFT's stage folder, as soon as an engine is idle.
 
         Raises:
@@ -131,9 +131,7 @@ class Benchmarks:
             node = ray.get(engine.node.remote())
             work = {"CPU": self.cluster.benchmark_cpus, f"node:{node}": 0.001}  # Ray's own resource of that one node
             with Reservation([work], self.config.resources.wait_seconds, "benchmarks"):
-                found: dict[str, Any] = ray.get(
-                    engine.score.remote(checkpoint / MODEL, benchmark, self.config.seed, progress)
-                )
+                found: dict[str, Any] = ray.get(engine.score.remote(checkpoint / MODEL, benchmark, seed, progress))
         except Exception:
             self._end(engine)
             self._idle.put(None)  # it may be gone for good, a shared one, too: another try has its own

@@ -28,13 +28,14 @@ from ideal.model_files import local_folder, read_template
 from ideal.row_files import files_of
 from ideal.sources import messages, rows
 from service import cluster
+from service.console import notices
 from service.handed_over import check_server
 from service.memory import GIB
 from service.plan import Plan, plan
 from service.precision import decide
-from service.remote import remote_of
 from service.room import check_runs
-from service.run import notices, replay
+from service.run import replay
+from service.store.remote import remote_of
 
 PEEK = 50
 """Rows of a hub dataset that are looked at."""
@@ -190,7 +191,9 @@ def _sources(config: Config) -> Iterator[tuple[str, Source]]:
 
 
 def _print_plan(found: Plan, config: Config, machine: cluster.Cluster, console: Console) -> None:
-    needed, free = check_runs([config], machine, [replay(config, notices(console))] if config.root.exists() else [])
+    needed, free = check_runs(
+        [config], machine, replay(config, notices(console)).checkpoints if config.root.exists() else []
+    )
     console.print(
         f"✓ memory: SFT {found.sft / GIB:.1f} of {found.sft_available / GIB:.1f} GiB × {machine.sft_workers}, "
         f"influence {found.influence / GIB:.1f} of {found.available / GIB:.1f} GiB × {machine.influence_workers} "

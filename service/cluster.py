@@ -202,17 +202,26 @@ class Reservation:
         remove_placement_group(self.group)
 
 
-def on_one_worker(task: Any, *arguments: Any, cluster: Cluster, seconds: int, what: str, retries: int = 3) -> Any:
-    """What a Ray task returns that has the resources of one SFT worker.
+def on_one_worker(
+    task: Any,
+    *arguments: Any,
+    cluster: Cluster,
+    seconds: int,
+    what: str,
+    cpus: int | None = None,
+    retries: int = 3,
+) -> Any:
+    """What a Ray task returns on one worker.
 
     Args:
         seconds, what: as ``Reservation`` has them.
+        cpus: of the worker, where there are no GPUs. Default: those of an SFT worker.
         retries: where its process dies.
 
     Raises:
         BadInput: the resources weren't free in time.
     """
-    bundle = cluster.per_worker(cluster.sft_cpus)
+    bundle = cluster.per_worker(cpus or cluster.sft_cpus)
     with Reservation([bundle], seconds, what) as reserved:
         placed = task.options(
             num_cpus=bundle["CPU"],

@@ -19,7 +19,8 @@ from ideal.methods import METHODS
 from ideal.methods.regression import REGRESSORS
 from service import compare_report
 from service.names import run_key
-from service.sweep import Trial, run_trials
+from service.outcome import Trial
+from service.sweep import run_trials
 
 BASE = "joint"
 """The method that all others are measured against."""

@@ -21,11 +21,11 @@ from rich.table import Table
 
 from ideal.comparison import Array, Tables, difference, estimate, holm
 from ideal.costs import PASSES
-from service import items, report
-from service.mixtures import Outcome
-from service.run import notices, point_to
-from service.stages import Record
-from service.sweep import Findings, Trial, sweep_key
+from service import report
+from service.console import notices, point_to
+from service.outcome import Outcome, Trial, Trials, sweep_key
+from service.stages.benchmark import by_item
+from service.store.stage import Record
 from service.tracking import Tracker
 
 CONFIDENCE = 0.95
@@ -36,7 +36,7 @@ Runs = dict[str, list[dict[str, Any]]]
 """By row, what its runs gave, seed by seed."""
 
 
-def present(findings: Findings, console: Console, *, base: str, ours: str) -> dict[str, Any]:
+def present(findings: Trials, console: Console, *, base: str, ours: str) -> dict[str, Any]:
     """Show a comparison, and leave it as files and in MLflow; returns all its numbers."""
     config, key = findings.trials[0].config, sweep_key(findings.trials)
     found = summary(findings, base, ours)
@@ -53,7 +53,7 @@ def present(findings: Findings, console: Console, *, base: str, ours: str) -> di
     return found
 
 
-def summary(findings: Findings, base: str, ours: str) -> dict[str, Any]:
+def summary(findings: Trials, base: str, ours: str) -> dict[str, Any]:
     """Every number of the comparison, JSON-like.
 
     Args:
@@ -65,9 +65,7 @@ def summary(findings: Findings, base: str, ours: str) -> dict[str, Any]:
     for trial, outcome in zip(findings.trials, findings.outcomes, strict=True):
         scored = outcome.equilibrium.scored
         runs.setdefault(trial.values["row"], []).append(_run(trial, outcome))
-        asked.setdefault(trial.values["row"], []).append(
-            {name: items.read(each.folder) for name, each in scored.items()}
-        )
+        asked.setdefault(trial.values["row"], []).append({name: by_item(each.folder) for name, each in scored.items()})
     benchmarks = list(runs[base][0]["scores"])
     tables = {label: [_by_item(each, name) for name in benchmarks] for label, each in asked.items()}
     rows = [_row(label, each, benchmarks, tables[label]) for label, each in runs.items()]
@@ -212,13 +210,13 @@ def _run(trial: Trial, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _spent(records: list[Record]) -> dict[str, float]:
+def _spent(records: list[Record[Any]]) -> dict[str, float]:
     """Token passes and seconds of stages, each counted once."""
     once = {(record.kind, record.fingerprint): record for record in records}.values()
     return {PASSES: sum(map(passes_of, once)), "seconds": sum(record.seconds for record in once)}
 
 
-def passes_of(record: Record) -> int:
+def passes_of(record: Record[Any]) -> int:
     """A stage's token passes: as it says itself, or those of its training and of each of its reference sets."""
     said = record.result.get(PASSES)
     if said is None or isinstance(said, dict):  # a reference set of that name

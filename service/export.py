@@ -24,18 +24,20 @@ from datasets import Dataset, disable_progress_bars
 from rich.console import Console
 from rich.markup import escape
 
+from ideal.benchmarks import tasks
+from ideal.chat import ChatEncoder
 from ideal.config import Config, LoraConfig
-from ideal.domains import Domain
+from ideal.domains import Domain, prepare
 from ideal.errors import BadInput
 from ideal.mixture import data_order, draw
+from ideal.model import load_tokenizer
 from service import report
-from service.data import domains
-from service.files import MODEL
-from service.mixtures import Outcome
 from service.names import run_name
+from service.outcome import Outcome
 from service.precision import decided
 from service.run import replay
-from service.stages import RECORD
+from service.store.layout import MODEL
+from service.store.store import RECORD
 
 DECAY = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 """Our names of schedules in transformers' words."""
@@ -87,6 +89,16 @@ def export(config: Config, to: Path, console: Console) -> None:
     console.print(f"{report.label(final)}: {len(mixture)} examples of {len(read)} domains in {to}", soft_wrap=True)
 
 
+def domains(config: Config, model: Path) -> list[Domain]:
+    """All domains, without what their benchmarks ask.
+
+    Args:
+        model: a folder with the tokenizer.
+    """
+    held = tasks.questions(config.benchmarks, allow_code_execution=config.allow_code_execution)
+    return prepare(config, ChatEncoder(load_tokenizer(model), config.model.max_tokens), held)
+
+
 def rows_of(domain: Domain) -> list[dict[str, Any]]:
     """A domain's pool."""
     return [{"messages": chat, "domain": domain.name} for chat in domain.chats]
@@ -103,7 +115,7 @@ def base_of(config: Config, outcome: Outcome) -> str:
     """The base model as other trainers can load it: a folder or a hub id."""
     if config.model.source not in ("smollm2", "made"):
         return config.model.source
-    model = json.loads((outcome.equilibrium.sft.folder / RECORD).read_text())["inputs"]["model"]
+    model = json.loads((outcome.equilibrium.sft.folder / RECORD).read_text())["fields"]["base"]
     return str(config.root / "stages" / "model" / model / MODEL)
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from ideal.errors import BadInput
 from service.errors import StageFailed, in_a_line
-from service.stages import Stage
+from service.store.stage import Stage
 
 
-def explain(error: Exception, stage: Stage, name: str) -> Exception:
+def explain(error: Exception, stage: Stage[Any], name: str) -> Exception:
     """What a user should see of an error that came out of a stage: the cause, without the layers around it."""
     cause = root_cause(error)
     if isinstance(cause, BadInput):

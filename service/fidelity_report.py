@@ -24,7 +24,7 @@ from ideal.fidelity import (
     widening,
 )
 from ideal.influence import Array
-from service.fidelity import Findings
+from service.outcome import Findings
 
 FORMS = ("centred", "one dilution", "by tokens", "uncentred")
 """How influence is counted: as the update does, above the mixture's with AdamW's dilution of each domain; with one

@@ -24,7 +24,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -34,6 +33,7 @@ from ideal.curvature.joint import TANGENTS, at_once
 from ideal.curvature.layers import input_group, layer_shapes
 from ideal.precision import ByPrecision
 from ideal.solvers import FACTORED, needs_eigenvectors, needs_factors
+from service.partition import Layers, cut
 
 GIB = 2**30
 
@@ -60,8 +60,6 @@ VECTORS = 7
 
 KEPT_OUTPUTS = ("gate_proj", "up_proj")
 """Layers whose output a frozen model's backward pass needs anyway; of other tracked layers it is kept besides."""
-
-Layers = dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -141,12 +139,6 @@ def units(config: Config) -> int:
 def batch(config: Config) -> int:
     """Tokens in one forward pass at most: an example that is longer than the budget goes alone."""
     return max(config.resources.batch_tokens, config.model.max_tokens)
-
-
-def cut(layers: Layers, blocks: int) -> list[Layers]:
-    """The layers in so many blocks, as the influence stage cuts them."""
-    parts = np.array_split(np.array(list(layers)), min(blocks, len(layers)))
-    return [{str(name): layers[str(name)] for name in part} for part in parts]
 
 
 def depth(sizes: Sizes, layers: Layers) -> int:

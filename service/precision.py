@@ -27,7 +27,7 @@ from service.cluster import address_of, connect
 from service.errors import in_a_line
 from service.names import run_key
 from service.own_ray import stop
-from service.remote import remote_of
+from service.store.remote import remote_of
 
 if TYPE_CHECKING:
     from ideal.precision import Probe

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -146,7 +146,7 @@ class Display:
         ray.kill(self.board)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Callable[[str, int, int], None]]:
+    def stage(self, name: str) -> Iterator[Reporter]:
         """Show a stage for as long as the context lasts; yields its reporter."""
         started = time.monotonic()
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,8 @@ from ideal.config import Config
 from ideal.equilibrium import values
 from ideal.influence import Array
 from ideal.pairs import Pair, pairs
-from service.mixtures import Iteration, Outcome
-from service.stages import Record
+from service.outcome import Iteration, Outcome
+from service.store.stage import Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,7 +133,7 @@ def write(folder: Path, config: Config, outcome: Outcome) -> Path:
     return path
 
 
-def _stages(iteration: Iteration) -> dict[str, Record]:
+def _stages(iteration: Iteration) -> dict[str, Record[Any]]:
     """By kind; each benchmark besides, by its name."""
     recorded = (iteration.sft, iteration.reference, iteration.influence, iteration.benchmark)
     each = {f"benchmark {name}": record for name, record in iteration.scored.items()}
@@ -297,6 +298,6 @@ def _mean(iteration: Iteration) -> str:
     return f"{mean_score(iteration.benchmark.result):.3f}" if iteration.benchmark else ""
 
 
-def mean_score(scores: dict[str, Any]) -> float:
+def mean_score(scores: Mapping[str, Any]) -> float:
     """Of all benchmarks alike."""
     return float(np.mean([cell["value"] for cell in scores.values()]))

@@ -20,18 +20,17 @@ from ideal.model_files import local_folder
 from ideal.training import number_of_steps
 from service.cluster import Cluster
 from service.memory import GIB, SUPERVISED, WIDTH, Sizes, pass_memory, reference_memory, sft_memory, solve_memory
-from service.mixtures import Outcome
 from service.plan import Plan, estimate, plan
 
 PLANNED = {"model", "sft", "influence", "resources", "method", "domains"}
 """Sections that a plan depends on; runs that differ elsewhere have the same."""
 
 
-def check_runs(configs: Sequence[Config], machine: Cluster, outcomes: Sequence[Outcome]) -> tuple[int, int]:
+def check_runs(configs: Sequence[Config], machine: Cluster, there: Iterable[Path]) -> tuple[int, int]:
     """Check that runs fit, one after another, with all that they leave.
 
     Args:
-        outcomes: of the runs as far as they are recorded.
+        there: folders of the runs' recorded checkpoints.
 
     Returns:
         bytes still needed on disk, and free.
@@ -50,8 +49,6 @@ def check_runs(configs: Sequence[Config], machine: Cluster, outcomes: Sequence[O
         if found:
             stay |= dict.fromkeys(checkpoints(config), found.checkpoint)
             scratch = max(scratch, found.state if _keeps_states(config) else 0, _influence_scratch(config, found))
-    there = {iteration.sft.folder for outcome in outcomes for iteration in outcome.accepted}
-    there |= {record.folder for outcome in outcomes for record in outcome.tried if record.kind == "sft"}
     return check_disk(configs[0], sum(stay.values()), scratch, there)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,21 +16,20 @@ from ideal.config import Config
 from ideal.errors import BadInput
 from service import handed_over, report
 from service.cluster import Cluster, connect
-from service.driver import Optimisation
-from service.mixtures import Outcome
+from service.console import notices, point_to
 from service.names import run_folder, run_key, run_name
+from service.outcome import Outcome
 from service.own_ray import stop
 from service.precision import Decision, decide, decided
 from service.progress import Display
-from service.remote import keep_report, remote_of
-from service.stages import Record, Records, Store, Unfinished
+from service.runs.optimisation import optimise
+from service.runs.runner import OnWorkers, Recorded, Runner
+from service.store.remote import remote_of
+from service.store.stage import Record
+from service.store.store import Records, Store, Unfinished
 
 if TYPE_CHECKING:
-    from service.baselines import Baseline
     from service.tracking import Tracker
-
-NOWHERE = Cluster(cpus=1, gpus=0, nodes=1, sft_workers=1, sft_cpus=1, influence_workers=1)
-"""What needs no cluster, since it runs nothing, is told of this one."""
 
 
 def run(config: Config, console: Console) -> Outcome:
@@ -54,8 +51,12 @@ def run(config: Config, console: Console) -> Outcome:
 
         tracker = Tracker(config, run_key(config), run_folder(config), notice)
         store = Store(config.root, notice, remote_of(config))
-        with connected(decision, console, [before]) as cluster, Display(console) as display:
-            outcome = method_of(config, cluster, store, display, tracker.keep_up).run()
+        with (
+            connected(decision, console, [before]) as cluster,
+            Display(console) as display,
+            OnWorkers(config, cluster, store, display) as runner,
+        ):
+            outcome = follow(config, runner, tracker.keep_up)
     path = report.write(run_folder(config), config, outcome)
     hand_over(config, outcome, path, notice, tracker)
     console.print(report.table(outcome))
@@ -66,20 +67,17 @@ def run(config: Config, console: Console) -> Outcome:
     return outcome
 
 
-def method_of(
-    config: Config,
-    cluster: Cluster,
-    store: Store,
-    display: Display,
-    happened: Callable[[Outcome], None] = lambda outcome: None,
-    engines: Sequence[Any] = (),
-) -> Optimisation | Baseline:
-    """What runs a config: this project's method, or the one that it is to be compared with."""
-    if config.method == "equilibrium":
-        return Optimisation(config, cluster, store, display, happened, engines)
-    from service.baselines import Baseline
+def follow(config: Config, runner: Runner, happened: Callable[[Outcome], None]) -> Outcome:
+    """Choose a config's mixture by its method: this project's, or one that it is to be compared with.
 
-    return Baseline(config, cluster, store, display, happened, engines)
+    Args:
+        happened: called with the outcome so far after every change of it.
+    """
+    if config.method == "equilibrium":
+        return optimise(config, runner, happened)
+    from service.runs.baseline import baseline
+
+    return baseline(config, runner, happened)
 
 
 def hand_over(
@@ -108,7 +106,7 @@ def fidelity(config: Config, console: Console) -> dict[str, Any]:
         StageFailed: a stage broke.
     """
     from service import fidelity_report
-    from service.fidelity import Fidelity
+    from service.runs.fidelity import Fidelity, recorded
     from service.tracking import Tracker
 
     notice = notices(console)
@@ -117,10 +115,13 @@ def fidelity(config: Config, console: Console) -> dict[str, Any]:
     folder = config.root / "fidelity" / run_name(config)
     store = Store(config.root, notice, remote_of(config))
     tracker = Tracker(config, f"fidelity-{run_key(config)}", folder, notice)
-    silent: Any = None
-    before = Fidelity(config, NOWHERE, Records(config.root, notice, remote_of(config)), silent).kept()
-    with connected(decision, console, retrained=before) as cluster, Display(console) as display:
-        findings = Fidelity(config, cluster, store, display).run()
+    before = recorded(config, Recorded(Records(config.root, notice, remote_of(config))))
+    with (
+        connected(decision, console, retrained=before) as cluster,
+        Display(console) as display,
+        OnWorkers(config, cluster, store, display) as runner,
+    ):
+        findings = Fidelity(config, runner).findings()
     found = fidelity_report.write(folder, findings, config)
     tracker.write_study(fidelity_report.metrics(found))
     for table in fidelity_report.rich_tables(found):
@@ -129,17 +130,12 @@ def fidelity(config: Config, console: Console) -> dict[str, Any]:
     return found
 
 
-def notices(console: Console) -> Callable[[str], None]:
-    """How a store and a tracker tell a user something, a line at a time."""
-    return lambda line: console.print(f"[yellow]![/] {escape(line)}")
-
-
 @contextmanager
 def connected(
     decision: Decision,
     console: Console,
     outcomes: Sequence[Outcome] = (),
-    retrained: Sequence[Record] | None = None,
+    retrained: Sequence[Record[Any]] | None = None,
 ) -> Iterator[Cluster]:
     """Checked configs on the cluster of the first; a Ray that was started for them ends with them.
 
@@ -158,7 +154,7 @@ def connected(
     cluster = connect(config)
     try:
         if retrained is None:
-            room.check_runs(decision.configs, cluster, outcomes)
+            room.check_runs(decision.configs, cluster, set().union(*(outcome.checkpoints for outcome in outcomes)))
         else:
             room.check_fidelity(config, cluster, [record.folder for record in retrained])
         decision.keep(notices(console))
@@ -192,27 +188,9 @@ def sync(config: Config, console: Console) -> bool:
 def replay(config: Config, notice: Callable[[str], None]) -> Outcome:
     """What the records say of a run, as far as they go; ``stopped`` only if they go to its end."""
     seen: list[Outcome] = []
-    silent: Any = None
-    chosen = method_of(config, NOWHERE, Records(config.root, notice, remote_of(config)), silent, seen.append)
+    recorded = Recorded(Records(config.root, notice, remote_of(config)))
     try:
-        return chosen.run()
+        return follow(config, recorded, seen.append)
     except Unfinished:
-        return seen[-1] if seen else Outcome(data=silent)
-
-
-def point_to(report: Path, config: Config, console: Console) -> None:
-    """Say where a report is, and how to see the run in MLflow; where storage is a URL, copy the report there."""
-    console.print(f"Report: {report}", soft_wrap=True)
-    if trouble := keep_report(config, report.parent):
-        notices(console)(trouble)
-    console.print(f"MLflow: {mlflow_command(config)}", soft_wrap=True)
-
-
-def mlflow_command(config: Config) -> str:
-    """How to look at the run in MLflow."""
-    uri = handed_over.shown(handed_over.uri_of(config))
-    if uri.startswith("http"):
-        return uri
-    beside = Path(sys.executable).parent / "mlflow"
-    program = beside if beside.exists() else shutil.which("mlflow") or "mlflow"
-    return f"{program} ui --backend-store-uri {uri}"
+        nothing: Any = None
+        return seen[-1] if seen else Outcome(data=nothing)

@@ -19,8 +19,8 @@ from ideal.config import Config
 from ideal.errors import BadInput
 from ideal.sensitivity import Scenario, Spread, Start, scenarios
 from service import run as runs
-from service.mixtures import Iteration, Outcome
 from service.names import run_folder
+from service.outcome import Iteration, Outcome
 from service.precision import decided
 from service.report import label
 

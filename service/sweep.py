@@ -11,16 +11,14 @@ cluster has, as they do for a single run. A sweep that was killed is started aga
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
-import json
 import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -33,20 +31,21 @@ from ray.util.queue import Queue
 from rich.console import Console
 from rich.markup import escape
 
-from ideal.config import Config
 from ideal.config_file import load
 from ideal.errors import BadInput
 from service import report
 from service.benchmark import engines, fits_all
 from service.cluster import Cluster
+from service.console import notices
 from service.errors import StageFailed
-from service.mixtures import Outcome
 from service.names import run_folder, run_key
+from service.outcome import Outcome, Trial, Trials, sweep_key
 from service.precision import decide
 from service.progress import Display
-from service.remote import remote_of
-from service.run import connected, method_of, notices, replay
-from service.stages import Store
+from service.run import connected, follow, replay
+from service.runs.runner import OnWorkers
+from service.store.remote import remote_of
+from service.store.store import Store
 from service.tracking import Tracker
 
 PATIENCE = 7 * 24 * 3600
@@ -54,36 +53,6 @@ PATIENCE = 7 * 24 * 3600
 
 LINE = 200
 """Columns of a trial's output."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A point of the grid.
-
-    Attributes:
-        label: its values, as the table shows them.
-        values: by the config's path, as they were typed.
-    """
-
-    label: str
-    values: dict[str, str]
-    config: Config
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What the trials gave.
-
-    Attributes:
-        outcomes: by trial; one that was stopped early has no ``stopped``.
-        wall: seconds the sweep took this time.
-        before: folders of the stages that were recorded when it began.
-    """
-
-    trials: list[Trial]
-    outcomes: list[Outcome]
-    wall: float
-    before: set[Path]
 
 
 def grid(path: str | Path, overrides: list[str] | None, values: Mapping[str, list[str]]) -> list[Trial]:
@@ -111,7 +80,7 @@ def grid(path: str | Path, overrides: list[str] | None, values: Mapping[str, lis
 
 def run_trials(
     trials: list[Trial], console: Console, *, concurrent: int, stop_behind: bool, kind: str = "sweep"
-) -> Findings:
+) -> Trials:
     """Run all trials to their ends, or go on where they were left.
 
     Args:
@@ -161,12 +130,7 @@ def run_trials(
             f"{len(unfinished)} of {len(trials)} trials aren't at their end: {'; '.join(unfinished)}\n"
             "  → the same command runs what is missing"
         )
-    return Findings(trials, outcomes, time.monotonic() - started, recorded)
-
-
-def sweep_key(trials: list[Trial]) -> str:
-    """The sweep's fingerprint: its runs'."""
-    return hashlib.sha256(json.dumps(sorted(run_key(t.config) for t in trials)).encode()).hexdigest()[:12]
+    return Trials(trials, outcomes, time.monotonic() - started, recorded)
 
 
 def tracker_of(trial: Trial, kind: str, key: str, console: Console) -> Tracker:
@@ -247,7 +211,8 @@ class Optimiser:
             store = Store(config.root, notices(console), remote_of(config))
             with Display(console) as display:
                 patient = config.model_copy(update={"resources": resources})
-                method_of(patient, cluster, store, display, happened, engines).run()
+                with OnWorkers(patient, cluster, store, display, engines) as runner:
+                    follow(patient, runner, happened)
 
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(optimise)

@@ -15,17 +15,16 @@ from rich.table import Table
 from ideal.config import Config
 from ideal.selection import Selection, interval, select
 from service import report
-from service.mixtures import Outcome
-from service.reference import BY_EXAMPLE, Losses
-from service.run import notices, point_to
-from service.sweep import Findings, Trial, sweep_key
+from service.console import notices, point_to
+from service.outcome import Outcome, Trial, Trials, sweep_key
+from service.stages.reference import BY_EXAMPLE, Losses
 from service.tracking import Tracker
 
 SEED = "seed"
 """Not a setting to choose among: trials that differ by it alone are repeats."""
 
 
-def present(findings: Findings, console: Console) -> dict[str, Any]:
+def present(findings: Trials, console: Console) -> dict[str, Any]:
     """Print the table, write the report, and put the sweep's own figures into MLflow."""
     config, key = findings.trials[0].config, sweep_key(findings.trials)
     found = summary(findings)
@@ -40,7 +39,7 @@ def present(findings: Findings, console: Console) -> dict[str, Any]:
     return found
 
 
-def summary(findings: Findings) -> dict[str, Any]:
+def summary(findings: Trials) -> dict[str, Any]:
     """Every number of the sweep, JSON-like."""
     config = findings.trials[0].config
     groups = _groups(findings)
@@ -139,7 +138,7 @@ def picture(found: dict[str, Any]) -> Figure:
 Groups = dict[str, list[tuple[Trial, Outcome]]]
 
 
-def _groups(findings: Findings) -> Groups:
+def _groups(findings: Trials) -> Groups:
     """Trials that differ by their seed alone, together."""
     groups: Groups = {}
     for trial, outcome in zip(findings.trials, findings.outcomes, strict=True):
@@ -201,7 +200,7 @@ def _trial(trial: Trial, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _cost(findings: Findings) -> dict[str, float]:
+def _cost(findings: Trials) -> dict[str, float]:
     """Stages of all trials, stages if each trial ran its own, stages that ran this time, and its seconds."""
     alone = [{record.folder for record in outcome.records} for outcome in findings.outcomes]
     together = set().union(*alone)

@@ -22,8 +22,8 @@ from ideal.curvature.joint import at_once
 from ideal.curvature.layers import input_group
 from ideal.solvers import FACTORED, coupled, needs_eigenvectors, needs_factors
 from service import cluster
-from service.influence import by_cost
-from service.memory import WIDTH, Layers, Sizes, batch, cut, depth, units
+from service.memory import WIDTH, Sizes, batch, depth, units
+from service.partition import Layers, by_cost, cut
 
 UPDATE_BYTES = 60
 """Memory traffic of one optimiser step by parameter: division, norm, clipping, AdamW and the copy back."""

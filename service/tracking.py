@@ -31,8 +31,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from ideal.config import Config
 from service import report
 from service.handed_over import check_server, shown, uri_of
-from service.mixtures import Iteration, Outcome
-from service.stages import Record
+from service.outcome import Iteration, Outcome
+from service.store.stage import Record
 
 PATIENCE = 600
 """Seconds for one answer of a server, and for another driver's turn: a server that works has taken 60."""
@@ -200,7 +200,7 @@ class Tracker:
         values["objective"] = iteration.loss
         runs = [child, parent] if iteration.accepted else [child]
         self._once(child, "steps", lambda run: self._steps(run, iteration))
-        parts = {"sft": (values, iteration.reference)}
+        parts: dict[str, tuple[dict[str, float], Record[Any]]] = {"sft": (values, iteration.reference)}
         if iteration.benchmark:
             scores = {f"score/{n}": s["value"] for n, s in iteration.benchmark.result.items()}
             scores["score"] = report.mean_score(iteration.benchmark.result)
@@ -239,6 +239,6 @@ class Tracker:
         self.client.set_terminated(run.info.run_id)
 
 
-def _recorded(record: Record) -> int:
+def _recorded(record: Record[Any]) -> int:
     """When a stage was recorded, in ms. A number that is written again at its own time is in MLflow once."""
     return int(record.folder.stat().st_mtime * 1000)

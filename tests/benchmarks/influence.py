@@ -54,8 +54,8 @@ from ideal.model import load_model, load_tokenizer, materialise, summed_loss, su
 from ideal.products import combined, table_of
 from ideal.sampled import curvature_blocks, tokens_and_weights
 from ideal.training import DAMPING
-from service.files import MODEL, reference_file, train_file
-from service.influence_actor import InfluenceActor
+from service.stages.influence_actor import InfluenceActor
+from service.store.layout import MODEL, reference_file, train_file
 from tests.service.peak import status
 
 CPU = torch.device("cpu")

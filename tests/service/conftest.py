@@ -20,9 +20,9 @@ from ideal.equilibrium import Update
 from ideal.examples import ExampleSet
 from ideal.influence import InfluenceTable
 from service import environment
-from service.files import MODEL, reference_file, train_file
-from service.mixtures import Iteration, Outcome
-from service.stages import Record
+from service.outcome import Iteration, Outcome
+from service.store.layout import MODEL, reference_file, train_file
+from service.store.stage import Record
 from tests.tiny import make_model
 
 environment.prepare()

@@ -25,9 +25,9 @@ from ideal.curvature.layers import layer_shapes
 from ideal.examples import ExampleSet
 from ideal.sharded import ShardedTrainer
 from ideal.training import Step, Trainer, plan
-from service.files import MODEL, train_file
-from service.influence_actor import InfluenceActor
-from service.sample import Sample
+from service.stages.influence_actor import InfluenceActor
+from service.stages.sample import Sample
+from service.store.layout import MODEL, train_file
 
 STAGES = ("sft", "sharded", "pass", "solve", "solve jointly")
 
@@ -72,7 +72,9 @@ def work(stage: str, folder: Path, config: Config) -> None:
     config = config.model_copy(update={"influence": config.influence.model_copy(update=joint)})
     layers = list(layer_shapes(AutoConfig.from_pretrained(folder / MODEL), config.influence.layers))
     sample = Sample(folder, volumes, config.influence, config.seed)
-    actor = InfluenceActor.__ray_metadata__.modified_class(folder / MODEL, sample, layers, folder / "work", config)
+    actor = InfluenceActor.__ray_metadata__.modified_class(
+        folder / MODEL, sample, layers, folder / "work", resources.batch_tokens
+    )
     if stage == "pass":
         actor.accumulate(0, list(range(len(sample.blocks()))), None)
     elif stage == "solve":

@@ -15,11 +15,11 @@ from scipy import stats
 
 from ideal.config_file import load
 from ideal.errors import BadInput
-from service import compare_report, items
+from service import compare_report
 from service.compare import rows, trials_of
-from service.mixtures import Outcome
-from service.stages import Record
-from service.sweep import Findings
+from service.outcome import Outcome, Trials
+from service.stages.benchmark import kept
+from service.store.stage import Record
 
 SCORES = {"joint": (0.2, 0.3, 0.4), "uniform": (0.3, 0.4, 0.5), "equilibrium": (0.1, 0.4, 0.4)}
 ITEMS = np.array([-0.2, 0.0, 0.1, 0.1])
@@ -51,7 +51,7 @@ def test_what_cant_be_compared_is_refused(path: Path) -> None:
 
 
 @pytest.fixture
-def findings(path: Path, outcome: Outcome, tmp_path: Path) -> Findings:
+def findings(path: Path, outcome: Outcome, tmp_path: Path) -> Trials:
     """Three seeds of three methods; only `equilibrium` has more than one iteration."""
     trials = trials_of(path, None, ["joint", "uniform", "equilibrium"], [], 3)
     outcomes = []
@@ -68,7 +68,7 @@ def findings(path: Path, outcome: Outcome, tmp_path: Path) -> Findings:
             iteration.scored = {}
             for benchmark, cell in cells.items():
                 (folder / benchmark).mkdir()
-                items.keep(folder / benchmark, {"by_item": (cell["value"] + ITEMS).tolist()})
+                kept(folder / benchmark, {"by_item": (cell["value"] + ITEMS).tolist()})
                 iteration.scored[benchmark] = Record("benchmark", "b", folder / benchmark, cell, 1.0, fresh=True)
             trained = {"tokens": 1000, "passes": 3000}
             iteration.sft = Record("sft", name, folder, trained, 10.0, fresh=True)
@@ -79,10 +79,10 @@ def findings(path: Path, outcome: Outcome, tmp_path: Path) -> Findings:
         if not ours:
             iterations[0].influence, iterations[0].method = None, trial.values["row"]
         outcomes.append(Outcome(outcome.data, iterations, "done"))
-    return Findings(trials, outcomes, 9.0, set())
+    return Trials(trials, outcomes, 9.0, set())
 
 
-def test_differences_are_paired_by_seed(findings: Findings, tmp_path: Path) -> None:
+def test_differences_are_paired_by_seed(findings: Trials, tmp_path: Path) -> None:
     found = compare_report.summary(findings, "joint", "equilibrium")
     by_label = {row["label"]: row for row in found["rows"]}
     assert list(by_label) == list(SCORES)
@@ -95,7 +95,7 @@ def test_differences_are_paired_by_seed(findings: Findings, tmp_path: Path) -> N
     assert (by_label["uniform"]["worst"], by_label["uniform"]["spread"]) == (pytest.approx(0.4), pytest.approx(0.2))
 
 
-def test_intervals_know_of_items(findings: Findings) -> None:
+def test_intervals_know_of_items(findings: Trials) -> None:
     """Joint's three seeds differ by 0.1, its items by 0.14 within each of two benchmarks: both are in its interval."""
     found = compare_report.summary(findings, "joint", "equilibrium")
     (joint, *_) = found["rows"]
@@ -107,15 +107,15 @@ def test_intervals_know_of_items(findings: Findings) -> None:
     assert found["without_items"] == []
 
 
-def test_scores_without_items_are_named(findings: Findings, tmp_path: Path) -> None:
+def test_scores_without_items_are_named(findings: Trials, tmp_path: Path) -> None:
     for outcome in findings.outcomes:
-        items.keep(outcome.equilibrium.scored["sums"].folder, {"by_item": None})
+        kept(outcome.equilibrium.scored["sums"].folder, {"by_item": None})
     found = compare_report.summary(findings, "joint", "equilibrium")
     assert found["without_items"] == ["sums"]
     assert "sums: no scores by item" in " ".join(compare_report.legend(found))
 
 
-def test_ours_is_compared_with_every_other_row(findings: Findings, tmp_path: Path) -> None:
+def test_ours_is_compared_with_every_other_row(findings: Trials, tmp_path: Path) -> None:
     found = compare_report.summary(findings, "joint", "equilibrium")
     assert [(duel["against"], duel["mean"]) for duel in found["duels"]] == [
         ("joint", pytest.approx(0.0)),
@@ -127,11 +127,11 @@ def test_ours_is_compared_with_every_other_row(findings: Findings, tmp_path: Pat
     text = compare_report.write(tmp_path / "report", found).read_text()
     assert "| equilibrium against | overall | p (Holm) |" in text
     assert "| uniform | -0.100 [" in text
-    without = Findings(findings.trials[:2], findings.outcomes[:2], 1.0, set())
+    without = Trials(findings.trials[:2], findings.outcomes[:2], 1.0, set())
     assert compare_report.summary(without, "joint", "equilibrium")["duels"] == []
 
 
-def test_the_base_model_costs_nothing(findings: Findings) -> None:
+def test_the_base_model_costs_nothing(findings: Trials) -> None:
     """It has a record of its own in an SFT's place, whose size and seconds are no method's."""
     for trial, outcome in zip(findings.trials, findings.outcomes, strict=True):
         if trial.values["row"] == "uniform":
@@ -141,7 +141,7 @@ def test_the_base_model_costs_nothing(findings: Findings) -> None:
     assert row["runs"][0]["sft"] == {"passes": 0, "seconds": 0}
 
 
-def test_the_search_is_all_but_the_final_sft_and_scores(findings: Findings) -> None:
+def test_the_search_is_all_but_the_final_sft_and_scores(findings: Trials) -> None:
     found = compare_report.summary(findings, "joint", "equilibrium")
     spent = {row["label"]: row["runs"][0]["search"] for row in found["rows"]}
     assert spent["joint"] == spent["uniform"] == {"passes": 0, "seconds": 0}
@@ -150,7 +150,7 @@ def test_the_search_is_all_but_the_final_sft_and_scores(findings: Findings) -> N
     assert spent["equilibrium"]["seconds"] == 2 * 10 + 3 * 1.5 + 1.5
 
 
-def test_the_report_holds_every_method_and_every_run(findings: Findings, tmp_path: Path) -> None:
+def test_the_report_holds_every_method_and_every_run(findings: Trials, tmp_path: Path) -> None:
     found = compare_report.summary(findings, "joint", "equilibrium")
     text = compare_report.write(tmp_path / "report", found).read_text()
     assert "| uniform | 0.400 | 0.600 | 0.500 [0.305, 0.695] | +0.100 (+25.0%) | 0.5 |" in text
@@ -169,7 +169,7 @@ def test_the_report_holds_every_method_and_every_run(findings: Findings, tmp_pat
 
 
 @pytest.mark.parametrize(("width", "columns"), [(160, 11), (80, 6)])
-def test_no_word_of_the_table_is_cut_off(findings: Findings, width: int, columns: int) -> None:
+def test_no_word_of_the_table_is_cut_off(findings: Trials, width: int, columns: int) -> None:
     found = compare_report.summary(findings, "joint", "equilibrium")
     console = Console(width=width, record=True, file=io.StringIO())
     shown = compare_report.table(found, width)
@@ -180,9 +180,9 @@ def test_no_word_of_the_table_is_cut_off(findings: Findings, width: int, columns
     assert "equilibrium" in printed
 
 
-def test_one_seed_has_no_interval(findings: Findings, tmp_path: Path) -> None:
+def test_one_seed_has_no_interval(findings: Trials, tmp_path: Path) -> None:
     kept = [n for n, trial in enumerate(findings.trials) if trial.values["seed"] == "0"]
-    one = Findings([findings.trials[n] for n in kept], [findings.outcomes[n] for n in kept], 1.0, set())
+    one = Trials([findings.trials[n] for n in kept], [findings.outcomes[n] for n in kept], 1.0, set())
     text = compare_report.write(tmp_path / "report", compare_report.summary(one, "joint", "equilibrium")).read_text()
     assert "| uniform | 0.300 | 0.500 | 0.400 | +0.100 (+33.3%) |  |" in text
     assert "Means over 1 seed;" in text

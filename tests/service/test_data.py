@@ -16,9 +16,11 @@ from ideal.config_file import load
 from ideal.errors import BadInput
 from ideal.examples import ExampleSet
 from service.cluster import Cluster
-from service.files import reference_file, train_file
-from service.stages import Record, Store
-from service.study import Study
+from service.runs.mixtures import Inputs
+from service.runs.runner import OnWorkers
+from service.store.layout import reference_file, train_file
+from service.store.stage import R_co, Record, Stage
+from service.store.store import Store
 from tests.service.conftest import record, tree
 
 ROWS = 24
@@ -33,7 +35,7 @@ class Silent:
         yield lambda *_: None
 
 
-class Reading(Study):
+class Reading(OnWorkers):
     """The first stages on a tiny tokenizer; it knows which of them ran."""
 
     def __init__(self, config: Config, base: Path) -> None:
@@ -42,8 +44,10 @@ class Reading(Study):
         self.base = record("model", base, {})
         self.ran: list[str] = []
 
-    def stage(self, *arguments: Any, **options: Any) -> Record:
-        found = super().stage(*arguments, **options)
+    def __call__(self, stage: Stage[R_co], name: str) -> Record[R_co]:
+        if stage.kind == "model":
+            return self.base
+        found = super().__call__(stage, name)
         if found.fresh:
             self.ran.append(found.kind)
         return found
@@ -68,17 +72,18 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def read(tmp_path: Path, base: Path) -> Callable[[dict[str, Any]], tuple[Reading, Record]]:
-    def study(tree: dict[str, Any]) -> tuple[Reading, Record]:
+def read(tmp_path: Path, base: Path) -> Callable[[dict[str, Any]], tuple[Reading, Record[Any]]]:
+    def study(tree: dict[str, Any]) -> tuple[Reading, Record[Any]]:
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(tree))
-        found = Reading(load(path), base)
-        return found, found.example_sets()
+        config = load(path)
+        run = Reading(config, base)
+        return run, Inputs(config, run).data
 
     return study
 
 
-Read = Callable[[dict[str, Any]], tuple[Reading, Record]]
+Read = Callable[[dict[str, Any]], tuple[Reading, Record[Any]]]
 
 
 def test_a_benchmark_that_asks_none_of_the_examples_leaves_them_what_they_are(

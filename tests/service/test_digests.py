@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from service import digests
-from service.digests import Digests
-from service.stages import Records, Stage, Store, _damage
+from service.store import digests
+from service.store.digests import Digests
+from service.store.store import Records, Store, _damage
+from tests.service.made import Made
 
-STAGE = Stage("sft", {}, {})
+STAGE = Made()
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(Path(file.name).name)
         return real(file, kind)
 
-    monkeypatch.setattr("service.digests.hashlib.file_digest", counted)
+    monkeypatch.setattr("service.store.digests.hashlib.file_digest", counted)
     monkeypatch.setattr(digests, "SETTLED", -60.0)
     return seen
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,16 +11,16 @@ import pytest
 
 from ideal.config import Config
 from ideal.influence import InfluenceTable
-from service.cluster import Cluster
-from service.driver import Optimisation
-from service.mixtures import Iteration, Outcome
-from service.stages import Record, Stage, Store
-from tests.service.conftest import record
+from service.outcome import Outcome
+from service.runs.optimisation import optimise
+from service.stages.reference import ReferenceLoss
+from service.stages.sft import Sft
+from service.store.layout import TABLE
+from service.store.stage import Stage
+from tests.service.made import Told
 
 SCORE = {"value": 0.5, "stderr": 0.1}
-
-
-TABLE = InfluenceTable(
+HELPFUL = InfluenceTable(
     np.array([1.0, -1.0]).reshape(1, 2, 1, 1, 1) * np.ones((1, 2, 4, 2, 4)),
     np.full((2, 4), 10.0),
     np.full((2, 4), 10.0),
@@ -28,52 +30,47 @@ TABLE = InfluenceTable(
 """More of `math` helps, without a doubt."""
 
 
-class Quick(Optimisation):
-    """Stages that are made up; every SFT's reference loss is the next of ``losses``."""
+def quick(config: Config, outcome: Outcome, losses: list[float], **settings: float) -> tuple[Told, Outcome]:
+    """A run whose SFTs have these reference losses, one after another."""
+    left = iter(losses)
 
-    def __init__(self, config: Config, outcome: Outcome, losses: list[float]) -> None:
-        super().__init__(config, Cluster(1, 0, 1, 1, 1, 1), Store(config.root), None)  # type: ignore[arg-type]
-        self.made, self.losses = outcome, losses
-        self.trained: list[tuple[str, dict[str, int]]] = []
-        self.scored: list[str] = []
+    def answer(stage: Stage[Any], folder: Path) -> Mapping[str, Any]:
+        match stage.kind:
+            case "examples":
+                account = {"train": {"rows": 24, "rejected": {}}, "reference": {"rows": 24, "rejected": {}}}
+                return dict.fromkeys(outcome.data.result, account)
+            case "data":
+                return {name: {**row, "content": name} for name, row in outcome.data.result.items()}
+            case "reference":
+                assert isinstance(stage, ReferenceLoss)
+                loss = next(left)
+                return {name: {"loss": loss, "tokens": 9} for name in ("math", "chat")}
+            case "influence":
+                HELPFUL.save(folder / TABLE)
+            case "benchmark":
+                return SCORE
+        return {"tokens": 1}
 
-    def base_model(self) -> Record:
-        return record("model", self.config.root / "model", {})
-
-    def example_sets(self) -> Record:
-        return self.made.data
-
-    def sft(self, volumes: dict[str, int], name: str) -> Record:
-        self.trained.append((name, volumes))
-        return record("sft", self.config.root / str(len(self.trained)) / "sft", {"tokens": sum(volumes.values())})
-
-    def stage(self, stage: Stage, name: str, work: Any, attempts: int = 1) -> Record:
-        if stage.kind == "benchmark":
-            self.scored.append(name)
-            return record("benchmark", self.config.root / "b", SCORE)
-        loss = self.losses[len(self.trained) - 1]
-        return record(stage.kind, self.config.root / name, {d: {"loss": loss, "tokens": 9} for d in ("math", "chat")})
-
-    def _influence(self, current: Iteration) -> None:
-        current.table = TABLE
-        current.influence = record("influence", self.config.root / "i", {})
-
-
-def quick(config: Config, outcome: Outcome, losses: list[float], **settings: float) -> tuple[Quick, Outcome]:
     equilibrium = config.equilibrium.model_copy(update={"m": 0.5, **settings})
-    run = Quick(config.model_copy(update={"equilibrium": equilibrium}), outcome, losses)
-    return run, run.run()
+    run = Told(config.root, answer)
+    return run, optimise(config.model_copy(update={"equilibrium": equilibrium}), run)
+
+
+def trained(run: Told) -> list[dict[str, int]]:
+    """The volumes of every SFT."""
+    return [stage.volumes for _, stage in run.asked if isinstance(stage, Sft)]
 
 
 def test_every_mixture_is_trained_on_all_of_it_and_scored(config: Config, outcome: Outcome) -> None:
     longer = config.benchmarks[0].model_copy(update={"name": "long", "size": 9, "seed": 5000})
     config = config.model_copy(update={"benchmarks": [*config.benchmarks, longer]})
     run, found = quick(config, outcome, [3.0, 2.0, 1.0], iterations=2)
-    assert [name for name, _ in run.trained] == ["D0", "D1", "D2"]
-    assert [volumes for _, volumes in run.trained] == [i.volumes for i in found.iterations]
-    assert len({tuple(volumes.values()) for _, volumes in run.trained}) == 3
-    assert {sum(volumes.values()) for _, volumes in run.trained} == {18}
-    assert run.scored == [f"D{n} benchmark {name}" for n in range(3) for name in ("long", "sums")]
+    assert run.names("sft") == ["D0 SFT", "D1 SFT", "D2 SFT"]
+    assert trained(run) == [i.volumes for i in found.iterations]
+    assert len({tuple(volumes.values()) for volumes in trained(run)}) == 3
+    assert {sum(volumes.values()) for volumes in trained(run)} == {18}
+    assert run.names("influence") == ["D0 influence", "D1 influence"]
+    assert run.names("benchmark") == [f"D{n} benchmark {name}" for n in range(3) for name in ("long", "sums")]
     assert found.iterations[0].benchmark
     assert found.iterations[0].benchmark.result == {"sums": SCORE, "long": SCORE}
 

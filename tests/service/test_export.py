@@ -26,11 +26,10 @@ from ideal.errors import BadInput
 from ideal.mixture import draw
 from ideal.model import load_tokenizer
 from ideal.training import plan
-from service.data import domains
-from service.export import base_of, export, trainers
-from service.files import MODEL
-from service.mixtures import Outcome
-from service.stages import RECORD
+from service.export import base_of, domains, export, trainers
+from service.outcome import Outcome
+from service.store.layout import MODEL
+from service.store.store import RECORD
 from tests.service.conftest import tree
 from tests.tiny import make_model
 

@@ -9,7 +9,7 @@ import pytest
 from ideal.config import Config
 from ideal.errors import BadInput
 from service import handed_over, report
-from service.mixtures import Outcome
+from service.outcome import Outcome
 from service.tracking import Tracker
 
 

@@ -25,10 +25,14 @@ from ideal.model import load_model
 from ideal.sampled import Sampled
 from ideal.training import DAMPING
 from service.cluster import Cluster
-from service.files import MODEL, TABLE, train_file
-from service.influence import by_cost, influence
-from service.sample import Sample
-from service.stages import RECORD, Stage, Store
+from service.partition import by_cost
+from service.stages.influence import Influence
+from service.stages.sample import Sample
+from service.store.layout import MODEL, TABLE, train_file
+from service.store.stage import Identified, Record
+from service.store.store import RECORD, Store
+from tests.service.made import Made
+from tests.service.made import workers as workers_of
 from tests.waiting import HANGS
 
 VOLUMES = {"math": 12, "chat": 6}
@@ -64,22 +68,23 @@ def sample(config: Config, data: Path) -> Sample:
 
 
 def on_ray(folder: Path, config: Config, base: Path, data: Path, workers: int, layer_blocks: int) -> dict[str, Any]:
-    return influence(
-        folder,
-        checkpoint=base,
-        sample=sample(config, data),
-        config=config,
-        cluster=Cluster(cpus=2, gpus=0, nodes=1, sft_workers=1, sft_cpus=2, influence_workers=workers),
-        layer_blocks=layer_blocks,
-        progress=None,  # type: ignore[arg-type]
+    model, examples = (
+        Record(kind, kind, place, {}, 0.0, fresh=False) for kind, place in (("sft", base), ("data", data))
     )
+    settings = Identified(config.influence, config.influence.of_the_table())
+    stage = Influence(
+        influence=settings, lora=config.sft.lora, volumes=VOLUMES, seed=config.seed, model=model, data=examples
+    )
+    resources = config.resources.model_copy(update={"layer_blocks": layer_blocks})
+    cluster = Cluster(cpus=2, gpus=0, nodes=1, sft_workers=1, sft_cpus=2, influence_workers=workers)
+    on = workers_of(config.model_copy(update={"resources": resources}), cluster)
+    return dict(stage.run(folder, on))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, ray_session: None, settings: Config, base: Path, data: Path) -> Any:
     """One actor does it all, as a recorded stage."""
-    stage = Stage("influence", {}, {})
-    return Store(tmp_path_factory.mktemp("whole")).run(stage, lambda f: on_ray(f, settings, base, data, 1, 1))
+    return Store(tmp_path_factory.mktemp("whole")).run(Made(), lambda f: on_ray(f, settings, base, data, 1, 1))
 
 
 def test_nothing_but_the_table_remains(whole: Any) -> None:

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 
 from ideal.config import Config
-from service.mixtures import Outcome
+from service.outcome import Outcome
 from service.tracking import Tracker
 from tests.mlflow_server import Server, Slow, on_postgres
 from tests.waiting import HANGS

@@ -24,9 +24,9 @@ from ideal.errors import BadInput
 from ideal.examples import ExampleSet
 from ideal.training import DAMPING, Trainer
 from service.cluster import Cluster
-from service.files import MODEL, reference_file, train_file
 from service.memory import GIB, Sizes
 from service.plan import Plan, estimate, filling, layer_blocks, plan
+from service.store.layout import MODEL, reference_file, train_file
 from tests.service.conftest import tree
 
 CLUSTER = Cluster(cpus=2, gpus=0, nodes=1, sft_workers=1, sft_cpus=2, influence_workers=2)

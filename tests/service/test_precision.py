@@ -23,11 +23,11 @@ from service import run as runs
 from service.cluster import Cluster
 from service.names import run_key
 from service.precision import Decision, decide, decided, on_nodes, together
-from service.stages import Records
-from service.study import Study
+from service.runs.mixtures import Inputs
 from tests.command import Command
 from tests.ray_cluster import add_node, start_head
 from tests.service.conftest import tree
+from tests.service.made import Told
 
 FAST = Probe("processor", True, {"bf16": 600.0, "fp32": 150.0})
 SLOW = Probe("processor", False, {"bf16": 1.2, "fp32": 60.0})
@@ -264,9 +264,8 @@ def test_the_first_line_says_it_and_only_a_run_that_starts_is_recorded(
 
 
 def test_no_stage_is_named_by_what_is_undecided(tmp_path: Path, said: list[str]) -> None:
-    silent: Any = None
     with pytest.raises(ValueError, match="must come first"):
-        Study(given(tmp_path), Cluster(1, 0, 1, 1, 1, 1), Records(tmp_path, said.append), silent)
+        Inputs(given(tmp_path), Told(tmp_path, lambda stage, folder: {}))
 
 
 def test_a_record_says_why(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from ideal.config import Config
 from ideal.influence import InfluenceTable
 from service import report
-from service.mixtures import Outcome
+from service.outcome import Outcome
 
 
 def test_a_layer_that_needed_help_is_named(tmp_path: Path, config: Config, outcome: Outcome) -> None:

@@ -15,11 +15,11 @@ from ideal.config import Config
 from ideal.errors import BadInput
 from service import room, run
 from service.cluster import Cluster
-from service.files import MODEL
 from service.memory import GIB
-from service.mixtures import Outcome
+from service.outcome import Outcome, Trial
 from service.plan import estimate, worker_memory
-from service.sweep import Trial, run_trials
+from service.store.layout import MODEL
+from service.sweep import run_trials
 
 CLUSTER = Cluster(2, 0, 1, sft_workers=1, sft_cpus=2, influence_workers=1)
 QUIET = Console(quiet=True)
@@ -116,7 +116,8 @@ def test_a_method_that_holds_more_than_sft_is_told_so(config: Config, base: Path
 
 
 def needed(configs: list[Config], outcomes: list[Outcome] | None = None) -> int:
-    return room.check_runs(configs, CLUSTER, outcomes or [])[0]
+    there = {folder for outcome in outcomes or [] for folder in outcome.checkpoints}
+    return room.check_runs(configs, CLUSTER, there)[0]
 
 
 def test_disk_counts_every_checkpoint_that_stays_once(config: Config, base: Path, outcome: Outcome) -> None:

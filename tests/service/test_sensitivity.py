@@ -13,8 +13,8 @@ from ideal.config import Config
 from ideal.equilibrium import update
 from ideal.errors import BadInput
 from service import sensitivity
-from service.mixtures import Outcome
 from service.names import run_folder
+from service.outcome import Outcome
 from tests.service.conftest import iteration
 
 

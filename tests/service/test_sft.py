@@ -15,11 +15,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ideal.config import ResourcesConfig, SftConfig
+from ideal.config_file import parse
 from ideal.training import AVERAGE
 from service.cluster import Cluster
-from service.files import MODEL, for_influence
-from service.sft import sft
-from service.stages import WORK
+from service.stages.sft import Sft
+from service.store.layout import MODEL, for_influence
+from service.store.stage import Record
+from service.store.store import WORK
+from tests.service.conftest import tree
+from tests.service.made import workers as workers_of
 from tests.waiting import HANGS
 
 VOLUMES = {"math": 20, "chat": 12}
@@ -33,19 +37,16 @@ def fit(
     folder: Path, base: Path, data: Path, workers: int, progress: Progress, sharded: bool = False
 ) -> dict[str, Any]:
     (folder / WORK).mkdir(parents=True)
-    return sft(
-        folder,
-        base=base,
-        data=data,
-        volumes=VOLUMES,
-        config=SETTINGS,
-        averaged=0.75,
-        seed=0,
-        resources=ResourcesConfig(checkpoint_steps=3, batch_tokens=64, wait_seconds=HANGS),
-        cluster=Cluster(cpus=2, gpus=0, nodes=1, sft_workers=workers, sft_cpus=1, influence_workers=1),
-        sharded=sharded,
-        progress=progress,  # type: ignore[arg-type]
+    theta, examples = (
+        Record(kind, kind, place, {}, 0.0, fresh=False) for kind, place in (("model", base), ("data", data))
     )
+    stage = Sft(sft=SETTINGS, averaged=0.75, volumes=VOLUMES, seed=0, base=theta, data=examples)
+    resources = ResourcesConfig(
+        checkpoint_steps=3, batch_tokens=64, wait_seconds=HANGS, shard="always" if sharded else "never"
+    )
+    config = parse(tree(folder / "store"), "test", folder).decided("fp32").model_copy(update={"resources": resources})
+    cluster = Cluster(cpus=2, gpus=0, nodes=1, sft_workers=workers, sft_cpus=1, influence_workers=1)
+    return dict(stage.run(folder, workers_of(config, cluster, progress)))
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +18,15 @@ import pytest
 
 from ideal.config import Config
 from ideal.errors import BadInput
-from service.driver import Optimisation
-from service.stages import RECORD, WORK, Record, Records, Stage, Store, Unfinished, _damage
+from service.runs.optimisation import optimise
+from service.runs.runner import Recorded
+from service.store.stage import Identified, Record, Stage
+from service.store.store import FORMAT, RECORD, WORK, Records, Store, Unfinished, _damage
+from tests.service.made import Made, Told
 from tests.waiting import HANGS, until
 
-STAGE = Stage("sft", {"epochs": 1.0}, {"data": "abc"})
+DATA, OTHER_DATA = (Record("data", name, Path(), {}, 0.0, fresh=False) for name in ("abc", "abd"))
+STAGE = Made(settings={"epochs": 1.0}, inputs=[DATA])
 Work = Callable[[Path], dict[str, Any]]
 
 
@@ -62,7 +67,7 @@ def store(tmp_path: Path, said: list[str]) -> Store:
 
 
 @pytest.fixture
-def recorded(store: Store) -> Record:
+def recorded(store: Store) -> Record[Any]:
     made = store.run(STAGE, Counted())
     _damage.cache_clear()
     return made
@@ -77,68 +82,82 @@ def test_a_stage_runs_once_and_its_record_says_all(store: Store) -> None:
     assert second.result == first.result == {"loss": 1.5}
     body = json.loads((first.folder / RECORD).read_text())
     assert set(body["files"]) == {"model/weights", "steps.json"}
-    assert (body["settings"], body["inputs"]) == ({"epochs": 1.0}, {"data": "abc"})
+    assert (body["kind"], body["version"]) == ("sft", 1)
+    assert body["fields"] == {"settings": {"epochs": 1.0}, "inputs": ["abc"]}
 
 
-def test_finding_a_record_writes_nothing(store: Store, recorded: Record) -> None:
+def test_finding_a_record_writes_nothing(store: Store, recorded: Record[Any]) -> None:
     before = {path: path.stat().st_mtime_ns for path in recorded.folder.rglob("*")}
     store.run(STAGE, Counted())
     assert {path: path.stat().st_mtime_ns for path in recorded.folder.rglob("*")} == before
 
 
+class Newer(Made):
+    version = 2
+
+
+class Another(Made):
+    kind = "another"
+
+
 @pytest.mark.parametrize(
     "other",
     [
-        Stage("sft", {"epochs": 2.0}, {"data": "abc"}),
-        Stage("sft", {"epochs": 1.0}, {"data": "abd"}),
-        Stage("sft", {"epochs": 1.0}, {"model": "abc"}),
-        Stage("reference", {"epochs": 1.0}, {"data": "abc"}),
+        Made(settings={"epochs": 2.0}, inputs=[DATA]),
+        Made(settings={"epochs": 1.0}, inputs=[OTHER_DATA]),
+        Made(settings={"epochs": 1.0}),
+        Newer(settings={"epochs": 1.0}, inputs=[DATA]),
+        Another(settings={"epochs": 1.0}, inputs=[DATA]),
     ],
 )
-def test_another_setting_input_or_kind_is_another_stage(other: Stage) -> None:
+def test_another_setting_input_version_or_kind_is_another_stage(other: Made) -> None:
     assert other.fingerprint != STAGE.fingerprint
 
 
 def test_the_order_of_settings_is_no_setting() -> None:
-    one, other = Stage("sft", {"a": 1, "b": 2}, {}), Stage("sft", {"b": 2, "a": 1}, {})
+    one, other = Made(settings={"a": 1, "b": 2}), Made(settings={"b": 2, "a": 1})
     assert one.fingerprint == other.fingerprint
 
 
-class Listed(Store):
-    """A store that runs nothing and knows what it was asked for."""
+@pytest.mark.parametrize(
+    "value",
+    [Path("/tmp"), {1, 2}, float("nan"), {1: "a key that isn't text"}, object(), [1, {"deep": Path()}], b"bytes"],
+    ids=["path", "set", "nan", "key", "object", "deep", "bytes"],
+)
+def test_what_has_no_stable_form_names_no_stage(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"sft\.settings\.x.*no stable form"):
+        _ = Made(settings={"x": value}).fingerprint
 
-    def run(self, stage: Stage, work: Work) -> Record:
-        self.asked = [*getattr(self, "asked", []), stage]
+
+def test_what_only_says_where_something_lies_is_no_part_of_the_name() -> None:
+    here, there, changed = (
+        Made(settings={"x": Identified(Path(place), content)}) for place, content in (("a", 1), ("b", 1), ("a", 2))
+    )
+    assert here.fingerprint == there.fingerprint != changed.fingerprint
+
+
+class Halted(Exception):
+    """At the last stage that a test asks for."""
+
+
+def stages(config: Config) -> dict[str, str]:
+    """Fingerprints that a run of the config starts with, by kind."""
+
+    def answer(stage: Stage[Any], folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = {"pool": 24, "reference": 12, "account": {"train": {}}, "content": "same"}
         if stage.kind == "examples":
             found = {part: {"rows": 24, "rejected": {}} for part in ("train", "reference")}
         if stage.kind == "reference":
             found = {"loss": 1.0, "tokens": 1}
-        results = {"math": found, "chat": found}
         if stage.kind == "influence":
-            raise Unfinished(stage.kind)
-        return Record(stage.kind, stage.fingerprint, self.root, results, 0.0, fresh=False)
+            raise Halted
+        return {"math": found, "chat": found}
 
-
-def stages(config: Config) -> dict[str, str]:
-    """Fingerprints that a run of the config starts with, by kind."""
-    from service.cluster import Cluster
-
-    store = Listed(config.root)
-    with pytest.raises(Unfinished):
-        Optimisation(config, Cluster(1, 0, 1, 1, 1, 1), store, None).run()  # type: ignore[arg-type]
-    return {stage.kind: stage.fingerprint for stage in store.asked}
-
-
-def test_what_is_missing(tmp_path: Path) -> None:
-    """A store says what must run; one that runs nothing says that it can't."""
-    first, second = Stage("data", {"n": 1}, {}), Stage("data", {"n": 2}, {})
-    store = Store(tmp_path)
-    store.run(first, lambda folder: {})
-    assert store.missing([first, second]) == [second]
-    assert Records(tmp_path).missing([first]) == []
-    with pytest.raises(Unfinished):
-        Records(tmp_path).missing([first, second])
+    with tempfile.TemporaryDirectory() as folder:
+        run = Told(Path(folder), answer)
+        with pytest.raises(Halted):
+            optimise(config, run)
+    return {stage.kind: stage.fingerprint for _, stage in run.asked}
 
 
 def test_where_and_how_fast_changes_no_stage(config: Config) -> None:
@@ -210,7 +229,7 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize("damage", [flip, Path.unlink])
 @pytest.mark.parametrize("name", ["model/weights", "steps.json"])
 def test_a_damaged_file_is_noticed_and_the_stage_runs_again(
-    store: Store, recorded: Record, said: list[str], damage: Callable[[Path], None], name: str
+    store: Store, recorded: Record[Any], said: list[str], damage: Callable[[Path], None], name: str
 ) -> None:
     damage(recorded.folder / name)
     work = Counted()
@@ -233,7 +252,7 @@ def test_a_damaged_file_is_noticed_and_the_stage_runs_again(
     ],
 )
 def test_a_damaged_record_is_noticed_and_the_stage_runs_again(
-    store: Store, recorded: Record, said: list[str], damage: Callable[[str], str]
+    store: Store, recorded: Record[Any], said: list[str], damage: Callable[[str], str]
 ) -> None:
     """A changed number in the record is as wrong as a changed weight."""
     path = recorded.folder / RECORD
@@ -244,7 +263,7 @@ def test_a_damaged_record_is_noticed_and_the_stage_runs_again(
     assert RECORD in said[0]
 
 
-def test_a_folder_without_a_record_never_happened(store: Store, recorded: Record) -> None:
+def test_a_folder_without_a_record_never_happened(store: Store, recorded: Record[Any]) -> None:
     (recorded.folder / RECORD).unlink()
     (recorded.folder / f"{RECORD}.tmp").write_text("{")  # as a crash while writing the record leaves it
     assert store.find(STAGE) is None
@@ -354,9 +373,10 @@ FULL = """
 import safetensors.torch, sys, torch, torch.distributed.checkpoint
 from pathlib import Path
 from ideal.errors import BadInput
-from service.stages import Stage, Store
+from service.store.store import Store
+from tests.service.made import Made
 
-store, stage = Store(Path(sys.argv[1]), print), Stage("sft", {}, {})
+store, stage = Store(Path(sys.argv[1]), print), Made()
 many = torch.zeros(2**20)
 ways = {
     "python": lambda folder: (folder / "weights").write_bytes(bytes(4 * 2**20)),
@@ -375,6 +395,7 @@ def small(folder):
     return {"bytes": 2**19}
 print("recorded:", store.run(stage, small).result)
 """
+ROOT = Path(__file__).parents[2]
 WAYS = ["python", "safetensors", "torch", "checkpoint", "numpy"]
 
 
@@ -386,7 +407,9 @@ def test_a_disk_of_a_megabyte_is_full_and_serves_again(tmp_path: Path) -> None:
     alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", inside, "sh"]
     if not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a file system of their own")
-    done = subprocess.run([*alone, sys.executable, "-c", FULL, str(room)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*alone, sys.executable, "-c", FULL, str(room)], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     wanted = [*(f"{way} storage None" for way in WAYS), "recorded: {'bytes': 524288}"]
     assert done.stdout.splitlines()[-len(wanted) :] == wanted, done.stderr
 
@@ -417,11 +440,21 @@ def test_storage_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         Store(tmp_path / "file")
 
 
-def test_records_run_nothing(store: Store) -> None:
-    work = Counted()
+def test_looking_at_records_runs_nothing(store: Store) -> None:
+    run = Recorded(Records(store.root))
     with pytest.raises(Unfinished, match="sft"):
-        Records(store.root).run(STAGE, work)
-    assert work.runs == 0
-    store.run(STAGE, work)
-    assert Records(store.root).run(STAGE, work).result == {"loss": 1.5}
-    assert work.runs == 1
+        run(STAGE, "D0 SFT")
+    store.run(STAGE, Counted())
+    assert run(STAGE, "D0 SFT").result == {"loss": 1.5}
+
+
+def test_an_earlier_versions_storage_is_named_once(tmp_path: Path, said: list[str]) -> None:
+    """Its stages have other names: without a word a user would wonder why everything runs again."""
+    (tmp_path / "stages" / "sft" / "0123").mkdir(parents=True)
+    for _ in range(2):
+        Store(tmp_path, said.append)
+    assert len(said) == 1
+    assert f"{tmp_path} holds stages of an earlier version" in said[0]
+    Store(tmp_path / "new", said.append)
+    assert (tmp_path / "new" / FORMAT).exists()
+    assert len(said) == 1

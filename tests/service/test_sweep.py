@@ -14,9 +14,9 @@ from ideal.errors import BadInput
 from service import sweep, sweep_report
 from service.cluster import Cluster
 from service.failures import StageFailed
-from service.mixtures import Outcome
-from service.reference import BY_EXAMPLE
-from service.sweep import Findings, grid, sweep_key
+from service.outcome import Outcome, Trials, sweep_key
+from service.stages.reference import BY_EXAMPLE
+from service.sweep import grid
 
 
 def test_every_combination_is_a_trial(path: Path) -> None:
@@ -44,7 +44,7 @@ def test_a_grid_that_does_not_hold_is_refused(path: Path, values: dict[str, list
 
 
 @pytest.fixture
-def findings(path: Path, outcome: Outcome) -> Findings:
+def findings(path: Path, outcome: Outcome) -> Trials:
     """Two seeds of two values; the second value's losses are lower on every example."""
     trials = grid(path, None, {"equilibrium.m": ["0.1", "0.2"], "seed": ["0", "1"]})
     outcomes = []
@@ -58,10 +58,10 @@ def findings(path: Path, outcome: Outcome) -> Findings:
         reference = type(first.reference)(**{**vars(first.reference), "folder": folder})
         made.iterations = [type(first)(**{**vars(first), "reference": reference})]
         outcomes.append(made)
-    return Findings(trials, outcomes, 9.0, {outcome.data.folder})
+    return Trials(trials, outcomes, 9.0, {outcome.data.folder})
 
 
-def test_seeds_are_repeats_and_the_lower_loss_is_best(findings: Findings, tmp_path: Path) -> None:
+def test_seeds_are_repeats_and_the_lower_loss_is_best(findings: Trials, tmp_path: Path) -> None:
     found = sweep_report.summary(findings)
     assert [(s["label"], s["loss"], s["chance"]) for s in found["settings"]] == [
         ("m=0.1", 1.0, 0.0),
@@ -79,7 +79,7 @@ def test_seeds_are_repeats_and_the_lower_loss_is_best(findings: Findings, tmp_pa
     assert json.loads((tmp_path / "report" / "sweep.json").read_text())["best"] == "m=0.2"
 
 
-def test_a_trial_that_was_stopped_says_so(findings: Findings) -> None:
+def test_a_trial_that_was_stopped_says_so(findings: Trials) -> None:
     findings.outcomes[0].stopped = ""
     assert sweep_report.summary(findings)["trials"][0]["stopped"] == "stopped at D0: behind the others"
 
@@ -103,7 +103,7 @@ def test_an_outcome_without_a_mixture_says_so(outcome: Outcome) -> None:
             getattr(empty, asked)
 
 
-def test_other_reference_sets_are_not_compared(findings: Findings) -> None:
+def test_other_reference_sets_are_not_compared(findings: Trials) -> None:
     other = findings.outcomes[3].equilibrium.reference.folder / BY_EXAMPLE
     other.write_text(json.dumps({"math": [[1.0], [3]], "chat": [[1.0], [1]]}))
     found = sweep_report.summary(findings)

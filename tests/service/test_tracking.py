@@ -15,7 +15,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
 from ideal.config import Config
 from service import report
-from service.mixtures import Outcome
+from service.outcome import Outcome
 from service.tracking import Tracker
 
 

@@ -13,7 +13,7 @@ from ideal.equilibrium import token_weights
 from ideal.examples import ExampleSet
 from ideal.influence import split
 from ideal.mixture import draw
-from service.files import reference_file, train_file
+from service.store.layout import reference_file, train_file
 
 
 @dataclass(frozen=True)

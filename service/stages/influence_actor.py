@@ -23,7 +23,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ideal.config import Config
 from ideal.curvature.accumulate import Block, BlockGradient, FactorSums, accumulate
 from ideal.curvature.ekfac import squared_gradients
 from ideal.curvature.exact import GaussNewton, Vectors, conjugate_gradients
@@ -50,7 +49,7 @@ from ideal.solvers import (
 )
 from ideal.training import DAMPING
 from service.progress import Reporter
-from service.sample import Sample
+from service.stages.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,9 @@ class Solved:
 class InfluenceActor:
     """One layer block on one data shard at a time; its methods can be repeated."""
 
-    def __init__(self, model: Path, sample: Sample, layers: list[str], scratch: Path, config: Config) -> None:
-        self.model, self.sample, self.layers, self.scratch, self.config = model, sample, layers, scratch, config
+    def __init__(self, model: Path, sample: Sample, layers: list[str], scratch: Path, batch_tokens: int) -> None:
+        self.model, self.sample, self.layers, self.scratch = model, sample, layers, scratch
+        self.batch_tokens = batch_tokens
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.system: GaussNewton | None = None
         self.counts: tuple[Array, list[float]] | None = None
@@ -93,7 +93,7 @@ class InfluenceActor:
         Returns:
             (supervised tokens, summed loss) by block.
         """
-        settings = self.config.influence
+        settings = self.sample.config
         model = load_model(self.model, DTYPES[settings.precision], self.device)
         sampled = self.sample.blocks()
         blocks = [sampled[index] for index in members]
@@ -112,8 +112,8 @@ class InfluenceActor:
             blocks,
             fisher=settings.fisher,
             factors=needs_factors(settings.solver, settings),
-            seed=self.config.seed,
-            batch_tokens=self.config.resources.batch_tokens,
+            seed=self.sample.seed,
+            batch_tokens=self.batch_tokens,
             device=self.device,
             done=keep,
         )
@@ -139,12 +139,12 @@ class InfluenceActor:
         everything = self.sample.blocks()
         bases = {layer: self._recorded(layer) for layer in self.layers}
         squares = squared_gradients(
-            load_model(self.model, DTYPES[self.config.influence.precision], self.device),
+            load_model(self.model, DTYPES[self.sample.config.precision], self.device),
             {layer: (s.vectors, a.vectors) for layer, (a, s) in bases.items()},
             [everything[index] for index in members],
-            fisher=self.config.influence.fisher,
-            seed=self.config.seed,
-            batch_tokens=self.config.resources.batch_tokens,
+            fisher=self.sample.config.fisher,
+            seed=self.sample.seed,
+            batch_tokens=self.batch_tokens,
             device=self.device,
         )
         save_file({layer: value.cpu() for layer, value in squares.items()}, self._file(f"squares-{shard}"))
@@ -161,7 +161,7 @@ class InfluenceActor:
         return solved
 
     def _solved(self, layer: str, solver: LayerSolver) -> Solved:
-        settings = self.config.influence
+        settings = self.sample.config
         own = self._own(layer) if coupled(settings.solver, settings) else None
         solved = solutions(solver, self._set_sums(layer), len(self.sample.volumes), settings, own)
         products = self._products(layer, solved)
@@ -179,7 +179,7 @@ class InfluenceActor:
         Args:
             layers: of all layer blocks.
         """
-        settings, domains = self.config.influence, len(self.sample.volumes)
+        settings, domains = self.sample.config, len(self.sample.volumes)
         if not members:
             return np.zeros((2 * domains, 2 * domains))
         chosen = curvature_blocks(self.sample.blocks(), domains, settings, parts)
@@ -190,7 +190,7 @@ class InfluenceActor:
             },
             2 * domains,
             [chosen[index] for index in members],
-            self.config.resources.batch_tokens,
+            self.batch_tokens,
             self.device,
         )
 
@@ -201,7 +201,7 @@ class InfluenceActor:
             curved: curvature blocks of each shard; this actor's first.
             others: the other shards' actors.
         """
-        settings, shards = self.config.influence, len(curved)
+        settings, shards = self.sample.config, len(curved)
         done = 0
 
         def product(vectors: Vectors) -> Vectors:
@@ -238,10 +238,10 @@ class InfluenceActor:
         if not members:
             return {layer: torch.zeros_like(v) for layer, v in vectors.items()}
         if self.system is None:
-            chosen = curvature_blocks(self.sample.blocks(), len(self.sample.volumes), self.config.influence, shards)
-            model = load_model(self.model, DTYPES[self.config.influence.precision], self.device)
+            chosen = curvature_blocks(self.sample.blocks(), len(self.sample.volumes), self.sample.config, shards)
+            model = load_model(self.model, DTYPES[self.sample.config.precision], self.device)
             blocks = [chosen[index] for index in members]
-            self.system = GaussNewton(model, self.layers, blocks, self.config.resources.batch_tokens, self.device)
+            self.system = GaussNewton(model, self.layers, blocks, self.batch_tokens, self.device)
         return self.system.product({layer: v.to(self.device) for layer, v in vectors.items()})
 
     def _layer_solver(
@@ -251,7 +251,7 @@ class InfluenceActor:
         bases: dict[str, Eigenbasis],
         inverses: dict[tuple[str, float], Inverse],
     ) -> LayerSolver:
-        settings = self.config.influence
+        settings = self.sample.config
         if settings.solver == "adam":
             return Diagonal(self._own(layer))
         if settings.solver not in FACTORED:
@@ -288,20 +288,18 @@ class InfluenceActor:
 
     def _gradients(self, layer: str) -> Iterator[torch.Tensor]:
         """[d_out, d_in] every block's gradient of a layer, one after another."""
-        blocks = 2 * len(self.sample.volumes) * self.config.influence.blocks
+        blocks = 2 * len(self.sample.volumes) * self.sample.config.blocks
         return (self._read(f"block-{index}", layer) for index in range(blocks))
 
     def _products(self, layer: str, solved: torch.Tensor) -> Array:
         if self.counts is None:  # the same for all layers
-            self.counts = tokens_and_weights(
-                self.sample.blocks(), len(self.sample.volumes), self.config.influence.blocks
-            )
+            self.counts = tokens_and_weights(self.sample.blocks(), len(self.sample.volumes), self.sample.config.blocks)
         tokens, weights = self.counts
         crowded = crowded_means(self._gradients(layer), tokens[: len(weights)], weights)
         return with_sets(solved, chain(self._gradients(layer), crowded))
 
     def _set_sums(self, layer: str) -> torch.Tensor:
-        return set_sums(self._gradients(layer), self.config.influence.blocks)
+        return set_sums(self._gradients(layer), self.sample.config.blocks)
 
     def _total(self, kind: str, name: str, shards: int) -> torch.Tensor:
         """The sum of a tensor over all shards' files."""

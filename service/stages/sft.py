@@ -10,90 +10,97 @@ import json
 import os
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import ray
-import ray.train
-import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 
-from ideal.checkpoints import keep, latest
-from ideal.config import ResourcesConfig, SftConfig
+from ideal.config import SftConfig
 from ideal.costs import PASSES, TRAINING
-from ideal.examples import ExampleSet
-from ideal.model import load_tokenizer
-from ideal.sharded import ShardedTrainer
-from ideal.training import AVERAGE, Trainer, plan, train
-from service.cluster import Cluster, on_one_worker
-from service.files import MODEL, train_file
-from service.progress import Reporter
-from service.stages import WORK
+from service.cluster import Cluster
+from service.stages.workers import Workers
+from service.store.layout import MODEL, train_file
+from service.store.stage import Record, Stage
+from service.store.store import WORK
+
+if TYPE_CHECKING:  # what takes seconds to load is loaded where it works
+    from ideal.sharded import ShardedTrainer
+    from ideal.training import Trainer
 
 RETRIES = 2
 """Of a training whose workers die."""
+STEPS = "steps.json"
 
 
-def sft(
-    folder: Path,
-    *,
-    base: Path,
-    data: Path,
-    volumes: dict[str, int],
-    config: SftConfig,
-    averaged: float,
-    seed: int,
-    resources: ResourcesConfig,
-    cluster: Cluster,
-    sharded: bool,
-    progress: Reporter,
-) -> dict[str, Any]:
-    """Fine-tune the base model on a mixture into ``folder/model``.
+class SftResult(TypedDict):
+    """Tokens are supervised and padding both; losses are nats per supervised token of the first and the last batch."""
 
-    A run that was killed goes on from its last checkpoint in ``folder/work``.
+    steps: int
+    tokens: int
+    passes: int
+    seconds: float
+    tokens_per_second: float
+    first_loss: float
+    last_loss: float
 
-    Args:
+
+@dataclass(frozen=True, kw_only=True)
+class Sft(Stage[SftResult]):
+    """SFT of θ₀ on a mixture: θ in the folder ``model``, every step in ``steps.json``.
+
+    A run that was killed goes on from its last checkpoint in ``work``.
+
+    Attributes:
+        averaged: share of the steps whose weights' mean is left in ``average``, for influence.
         volumes: examples of each domain.
-        averaged: share of the steps whose weights' mean is left in ``folder/average``, for influence.
-        sharded: divide weights, gradients and moments among the workers.
-
-    Returns:
-        steps, tokens, passes, seconds, tokens_per_second, first_loss and last_loss; every step's loss is in steps.json.
     """
-    task = {
-        "folder": folder,
-        "base": base,
-        "data": data,
-        "volumes": volumes,
-        "config": config,
-        "averaged": averaged,
-        "seed": seed,
-        "resources": resources,
-        "cpus": cluster.sft_cpus,
-        "sharded": sharded,
-        "progress": progress,
-    }
-    if cluster.gpus or cluster.sft_workers > 1 or sharded:
-        _group(task, cluster)
-    else:
-        task["kept"] = folder / WORK / "kept"
-        on_one_worker(_train_here, task, cluster=cluster, seconds=resources.wait_seconds, what="SFT", retries=RETRIES)
-    logs = json.loads((folder / "steps.json").read_text())
-    seconds, tokens = sum(log["seconds"] for log in logs), sum(log["tokens"] for log in logs)
-    return {
-        "steps": len(logs),
-        "tokens": tokens,
-        PASSES: TRAINING * tokens,
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round(tokens / seconds, 1),
-        "first_loss": logs[0]["loss"],
-        "last_loss": logs[-1]["loss"],
-    }
+
+    kind = "sft"
+    version = 4
+    sft: SftConfig
+    averaged: float
+    volumes: dict[str, int]
+    seed: int
+    base: Record[Any]
+    data: Record[Any]
+
+    def run(self, folder: Path, on: Workers) -> SftResult:
+        sharded = on.sharded(self.base.folder / MODEL)
+        task = {
+            "folder": folder,
+            "base": self.base.folder,
+            "data": self.data.folder,
+            "volumes": self.volumes,
+            "config": self.sft,
+            "averaged": self.averaged,
+            "seed": self.seed,
+            "resources": on.resources,
+            "cpus": on.cluster.sft_cpus,
+            "sharded": sharded,
+            "progress": on.progress,
+        }
+        if on.cluster.gpus or on.cluster.sft_workers > 1 or sharded:
+            _group(task, on.cluster)
+        else:
+            on.one(_train_here, {**task, "kept": folder / WORK / "kept"}, what="SFT", retries=RETRIES)
+        logs = json.loads((folder / STEPS).read_text())
+        seconds, tokens = sum(log["seconds"] for log in logs), sum(log["tokens"] for log in logs)
+        return {
+            "steps": len(logs),
+            "tokens": tokens,
+            PASSES: TRAINING * tokens,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "first_loss": logs[0]["loss"],
+            "last_loss": logs[-1]["loss"],
+        }
 
 
 def _group(task: dict[str, Any], cluster: Cluster) -> None:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(task["resources"].wait_seconds)
     TorchTrainer(
         _worker,
@@ -115,10 +122,23 @@ def _group(task: dict[str, Any], cluster: Cluster) -> None:
 
 @ray.remote
 def _train_here(task: dict[str, Any]) -> None:
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+
     TorchTrainer(_worker, train_loop_config=task, scaling_config=ScalingConfig(num_workers=0)).fit()
 
 
 def _worker(task: dict[str, Any]) -> None:
+    import ray.train.torch
+    import torch
+    from ray.train import Checkpoint
+
+    from ideal.checkpoints import latest
+    from ideal.examples import ExampleSet
+    from ideal.model import load_tokenizer
+    from ideal.sharded import ShardedTrainer
+    from ideal.training import AVERAGE, Trainer, plan, train
+
     config, resources, volumes = task["config"], task["resources"], task["volumes"]
     rank = ray.train.get_context().get_world_rank()
     torch.manual_seed(task["seed"])
@@ -138,7 +158,7 @@ def _worker(task: dict[str, Any]) -> None:
     if checkpoint:
         with checkpoint.as_directory() as saved:
             trainer.load_state(Path(saved))
-            logs = json.loads((Path(saved) / "steps.json").read_text())
+            logs = json.loads((Path(saved) / STEPS).read_text())
     total = len(plan(volumes, config, task["seed"]))
     started = time.monotonic()
     for log in train(trainer, pools, volumes, task["seed"], task["averaged"]):
@@ -154,7 +174,7 @@ def _worker(task: dict[str, Any]) -> None:
         trainer.save_damping(task["folder"])
     if rank == 0:
         load_tokenizer(task["base"] / MODEL).save_pretrained(task["folder"] / MODEL)
-        (task["folder"] / "steps.json").write_text(json.dumps(logs))
+        (task["folder"] / STEPS).write_text(json.dumps(logs))
     if task["averaged"] and (rank == 0 or task["sharded"]):
         trainer.save_average(task["folder"] / AVERAGE)
 
@@ -165,13 +185,18 @@ def _checkpoint(trainer: Trainer | ShardedTrainer, logs: list[dict[str, Any]], r
     Args:
         kept: where a lone worker keeps its state: for it alone, Ray Train doesn't.
     """
+    import ray.train
+
+    from ideal.checkpoints import keep
+    from ideal.sharded import ShardedTrainer
+
     keeps = rank == 0 or isinstance(trainer, ShardedTrainer)
 
     def save(folder: Path) -> None:
         if keeps:
             trainer.save_state(folder)
         if rank == 0:
-            (folder / "steps.json").write_text(json.dumps(logs))
+            (folder / STEPS).write_text(json.dumps(logs))
 
     if kept:
         keep(kept, trainer.next_step, save)
@@ -179,4 +204,4 @@ def _checkpoint(trainer: Trainer | ShardedTrainer, logs: list[dict[str, Any]], r
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))
         metrics = {"step": trainer.next_step}
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if keeps else None)
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder) if keeps else None)

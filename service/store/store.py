@@ -1,12 +1,11 @@
-"""Stages as values: a step of a run is named by what goes into it, and recorded once.
+"""The folder of all stages: one that happened is never done again.
 
-A stage's fingerprint is the hash of its kind, of the settings that change its result, and of its inputs'
-fingerprints; it names the stage's folder. ``stage.json``, with the checksums of all files, is written last: a folder
+A stage's fingerprint names its folder. ``stage.json``, with the checksums of all files, is written last: a folder
 without it never happened, and one whose files don't match it is run again. That is resuming after a crash, sharing
 between runs, and provenance, in one idea.
 
 Two drivers that want one stage: one runs it while the other waits at its lock. Where storage is a URL, records are
-copied to it and fetched from it (``service.remote``).
+copied to it and fetched from it (``service.store.remote``).
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import platform
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -29,73 +28,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ideal.errors import BadInput
-from service.digests import digests_of
-from service.remote import Remote
+from service.store.digests import digests_of
+from service.store.remote import Remote
+from service.store.stage import R_co, Record, Stage
 
 RECORD = "stage.json"
 WORK = "work"
 """A stage's folder for what a retry goes on from; gone once it is recorded."""
 
-RESULTS_CHANGED_IN = {
-    "model": 1,
-    "examples": 1,
-    "data": 2,
-    "sft": 3,
-    "reference": 3,
-    "influence": 4,
-    "benchmark": 2,
-    "retraining": 2,
-    "prediction": 3,
-    "doremi": 2,
-    "doge": 2,
-    "merged": 2,
-    "regmix": 1,
-}
-"""Raised when new code gives a kind of stage other results, so that old records are not taken for new ones."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A step and everything that its result depends on.
-
-    Attributes:
-        kind: one of ``RESULTS_CHANGED_IN``.
-        settings: JSON-like; what doesn't change the result stays out.
-        inputs: fingerprints by role.
-    """
-
-    kind: str
-    settings: Mapping[str, Any]
-    inputs: Mapping[str, str]
-
-    @property
-    def fingerprint(self) -> str:
-        identity = {
-            "kind": self.kind,
-            "results": RESULTS_CHANGED_IN[self.kind],
-            "settings": self.settings,
-            "inputs": dict(self.inputs),
-        }
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
-
-
-@dataclass(frozen=True)
-class Record:
-    """A stage that has happened.
-
-    Attributes:
-        result: its small numbers, JSON-like.
-        seconds: how long it ran.
-        fresh: whether it ran now, not before.
-    """
-
-    kind: str
-    fingerprint: str
-    folder: Path
-    result: dict[str, Any]
-    seconds: float
-    fresh: bool
-
+FORMAT = "format"
+"""A storage's file that says how its stages are named; before there was one, a stage had settings and inputs."""
 
 FULL = ("No space left on device", "Disk quota exceeded", "database or disk is full")
 """What errors of a full disk say, whoever raises them: Rust's, C++'s, another process's."""
@@ -119,10 +61,11 @@ class Store:
         try:
             (root / "stages").mkdir(parents=True, exist_ok=True)
             self._locks.mkdir(exist_ok=True)
+            self._note_format()
         except OSError as error:
             raise BadInput("storage", f"can't be written ({error})", "set storage to a folder of yours") from None
 
-    def run(self, stage: Stage, work: Callable[[Path], dict[str, Any]]) -> Record:
+    def run(self, stage: Stage[R_co], work: Callable[[Path], R_co]) -> Record[R_co]:
         """The stage's record; runs ``work`` in its folder if there is none.
 
         Raises:
@@ -154,11 +97,11 @@ class Store:
             lock.release()
         written = self.find(stage)
         assert written is not None
-        made = Record(**{**vars(written), "fresh": True})
+        made = replace(written, fresh=True)
         self._keep(made)
         return made
 
-    def find(self, stage: Stage) -> Record | None:
+    def find(self, stage: Stage[R_co]) -> Record[R_co] | None:
         """The record of a stage that has happened and whose files are whole."""
         folder = self._folder(stage)
         path = folder / RECORD
@@ -167,15 +110,24 @@ class Store:
         record = json.loads(path.read_text())
         return Record(stage.kind, stage.fingerprint, folder, record["result"], record["seconds"], fresh=False)
 
+    def _note_format(self) -> None:
+        """Say once that stages of an earlier version are of no use to this one."""
+        note = self.root / FORMAT
+        if note.exists():
+            return
+        if any((self.root / "stages").iterdir()):
+            self.notice(f"{self.root} holds stages of an earlier version, which names them otherwise: they run again")
+        note.write_text("2\n")
+
     @property
     def _checksums(self) -> Callable[[Path], str]:
         """What gives a file's checksum: of what is in it now, since stages are going to be computed from it."""
         return self.digests.read
 
-    def _folder(self, stage: Stage) -> Path:
+    def _folder(self, stage: Stage[Any]) -> Path:
         return self.root / "stages" / stage.kind / stage.fingerprint
 
-    def _lock(self, stage: Stage) -> FileLock:
+    def _lock(self, stage: Stage[Any]) -> FileLock:
         return FileLock(self._locks / f"{stage.kind}-{stage.fingerprint}.lock")
 
     def _whole(self, folder: Path) -> bool:
@@ -189,7 +141,7 @@ class Store:
             path.unlink()
         return not damage
 
-    def _fetch(self, stage: Stage) -> bool:
+    def _fetch(self, stage: Stage[Any]) -> bool:
         """Bring a recorded stage here, unless somebody here works on it."""
         if self.remote is None:
             return False
@@ -219,7 +171,7 @@ class Store:
             return True
         return self.root.exists() and shutil.disk_usage(self.root).free < NOTHING_LEFT
 
-    def _keep(self, record: Record) -> None:
+    def _keep(self, record: Record[Any]) -> None:
         """Copy a recorded stage to where it outlives this machine; what can't be copied now is by the next run."""
         if self.remote is None or record.folder in self._kept:
             return
@@ -231,11 +183,7 @@ class Store:
         except OSError as error:
             self.notice(f"{place} isn't at {self.remote.url} yet ({error}); the next run copies it")
 
-    def missing(self, stages: Iterable[Stage]) -> list[Stage]:
-        """Those that must still run."""
-        return [stage for stage in stages if self.find(stage) is None]
-
-    def _write(self, stage: Stage, folder: Path, result: dict[str, Any], started: float) -> None:
+    def _write(self, stage: Stage[Any], folder: Path, result: Mapping[str, Any], started: float) -> None:
         shutil.rmtree(folder / WORK, ignore_errors=True)
         files = {
             str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": self.digests.read(file)}
@@ -245,8 +193,8 @@ class Store:
         body = {
             "kind": stage.kind,
             "fingerprint": stage.fingerprint,
-            "settings": dict(stage.settings),
-            "inputs": dict(stage.inputs),
+            "version": stage.version,
+            "fields": stage.identity,
             "result": result,
             "files": files,
             "seconds": round(time.monotonic() - started, 3),
@@ -280,27 +228,6 @@ class Records(Store):
     @property
     def _checksums(self) -> Callable[[Path], str]:
         return self.digests.of
-
-    def run(self, stage: Stage, work: Callable[[Path], dict[str, Any]]) -> Record:
-        """The stage's record.
-
-        Raises:
-            Unfinished: there is none.
-        """
-        self.missing([stage])
-        found = self.find(stage)
-        assert found is not None
-        return found
-
-    def missing(self, stages: Iterable[Stage]) -> list[Stage]:
-        """None.
-
-        Raises:
-            Unfinished: there is one.
-        """
-        for stage in super().missing(stages):
-            raise Unfinished(stage.kind)
-        return []
 
 
 def _clear(folder: Path) -> None:

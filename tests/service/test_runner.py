@@ -18,10 +18,10 @@ from service import failures
 from service.cluster import Cluster
 from service.errors import StageFailed
 from service.failures import lost
-from service.stages import Stage, Store
-from service.study import Study
+from service.runs.runner import OnWorkers
+from service.store.store import Store
+from tests.service.made import Made
 
-STAGE = Stage("data", {"n": 1}, {})
 GONE = ActorUnavailableError("no answer", b"0" * 16)
 
 
@@ -37,40 +37,41 @@ def said() -> list[str]:
 
 
 @pytest.fixture
-def study(config: Config, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> Study:
+def run(config: Config, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> OnWorkers:
     monkeypatch.setattr(failures, "_logs", lambda: tmp_path)
     silent: Any = Silent()
-    return Study(config, Cluster(1, 0, 1, 1, 1, 1), Store(tmp_path / "store", said.append), silent)
+    return OnWorkers(config, Cluster(1, 0, 1, 1, 1, 1), Store(tmp_path / "store", said.append), silent)
 
 
-def failing(*errors: Exception) -> tuple[Any, list[int]]:
-    """Work that raises these, one each time, and then ends; and how often it was tried."""
-    left, tried = list(errors), []
+class Failing(Made):
+    """A stage whose work raises these errors, one each time, and then ends; it knows how often it was tried."""
 
-    def work(folder: Path, progress: Any) -> dict[str, Any]:
-        tried.append(1)
-        if left:
-            raise left.pop(0)
+    def __init__(self, *errors: Exception) -> None:
+        super().__init__(settings={"n": 1})
+        self.__dict__ |= {"left": list(errors), "tried": []}
+
+    def run(self, folder: Path, on: Any) -> dict[str, Any]:
+        self.tried.append(1)  # type: ignore[attr-defined]
+        if self.left:  # type: ignore[attr-defined]
+            raise self.left.pop(0)  # type: ignore[attr-defined]
         return {"done": True}
 
-    return work, tried
 
-
-def test_a_stage_that_lost_its_actors_runs_again_and_says_so(study: Study, said: list[str]) -> None:
-    work, tried = failing(GONE, ControllerError(RayTaskError("f", "trace", ObjectLostError("0", "", ""))))
-    assert study.stage(STAGE, "D0 influence", work).result == {"done": True}
-    assert len(tried) == 3
+def test_a_stage_that_lost_its_actors_runs_again_and_says_so(run: OnWorkers, said: list[str]) -> None:
+    stage: Any = Failing(GONE, ControllerError(RayTaskError("f", "trace", ObjectLostError("0", "", ""))))
+    assert run(stage, "D0 influence").result == {"done": True}
+    assert len(stage.tried) == 3
     assert said == [
         "D0 influence lost what it ran on (ActorUnavailableError); it runs again",
         "D0 influence lost what it ran on (ObjectLostError); it runs again",
     ]
 
 
-def test_three_losses_are_a_failure(study: Study) -> None:
-    work, tried = failing(GONE, GONE, GONE)
+def test_three_losses_are_a_failure(run: OnWorkers) -> None:
+    stage: Any = Failing(GONE, GONE, GONE)
     with pytest.raises(StageFailed, match="ActorUnavailableError"):
-        study.stage(STAGE, "D0 influence", work)
-    assert len(tried) == 3
+        run(stage, "D0 influence")
+    assert len(stage.tried) == 3
 
 
 @pytest.mark.parametrize(
@@ -82,18 +83,18 @@ def test_three_losses_are_a_failure(study: Study) -> None:
         WorkerGroupError("lost", {0: GONE}),
     ],
 )
-def test_what_would_fail_again_isnt_tried_again(study: Study, error: Exception) -> None:
-    work, tried = failing(error)
+def test_what_would_fail_again_isnt_tried_again(run: OnWorkers, error: Exception) -> None:
+    stage: Any = Failing(error)
     with pytest.raises(StageFailed):
-        study.stage(STAGE, "D0 influence", work)
-    assert len(tried) == 1
+        run(stage, "D0 influence")
+    assert len(stage.tried) == 1
 
 
-def test_bad_input_comes_as_it_is(study: Study) -> None:
-    work, tried = failing(BadInput("layers", "none", "name some"))
+def test_bad_input_comes_as_it_is(run: OnWorkers) -> None:
+    stage: Any = Failing(BadInput("layers", "none", "name some"))
     with pytest.raises(BadInput):
-        study.stage(STAGE, "D0 influence", work)
-    assert len(tried) == 1
+        run(stage, "D0 influence")
+    assert len(stage.tried) == 1
 
 
 @pytest.mark.usefixtures("ray_session")
