@@ -97,11 +97,6 @@ class InfluenceConfig(Section):
         description="λ as a multiple of a layer's mean eigenvalue, or `schedule`: what AdamW's own steps damp with, "
         "(√v̂ + ε) / (sum of learning rates, each times what clipping left of its gradient).",
     )
-    divided: bool = Field(
-        True,
-        description="`kfac` damps A and S each by the root of `damping` and its own mean, for which it needs no "
-        "eigen-decompositions; false: their product, as `ekfac` does.",
-    )
     curvature_examples: PositiveInt = Field(
         64,
         description="Examples of the sample, as many of each domain, that `joint` and `exact` see the curvature on.",

@@ -44,7 +44,6 @@ from ideal.solvers import (
     layer_bases,
     layer_curvature,
     layer_inverse,
-    needs_eigenvectors,
     needs_factors,
     solutions,
 )
@@ -151,13 +150,12 @@ class InfluenceActor:
 
     def solve(self, layers: list[str], shards: int, progress: Reporter | None) -> dict[str, Solved]:
         """Invert the curvature of some of the block's layers and take all products."""
-        bases: dict[str, Eigenbasis] = {}
         inverses: dict[tuple[str, float], Inverse] = {}
         solved = {}
         for number, layer in enumerate(layers):
             if progress:
                 progress(f"solve: {layer}", number, len(layers))
-            solved[layer] = self._solved(layer, self._layer_solver(layer, shards, bases, inverses))
+            solved[layer] = self._solved(layer, self._layer_solver(layer, shards, inverses))
         return solved
 
     def _solved(self, layer: str, solver: LayerSolver) -> Solved:
@@ -244,26 +242,17 @@ class InfluenceActor:
             self.system = GaussNewton(model, self.layers, blocks, self.config.resources.batch_tokens, self.device)
         return self.system.product({layer: v.to(self.device) for layer, v in vectors.items()})
 
-    def _layer_solver(
-        self,
-        layer: str,
-        shards: int,
-        bases: dict[str, Eigenbasis],
-        inverses: dict[tuple[str, float], Inverse],
-    ) -> LayerSolver:
+    def _layer_solver(self, layer: str, shards: int, inverses: dict[tuple[str, float], Inverse]) -> LayerSolver:
         settings = self.config.influence
         if settings.solver == "adam":
             return Diagonal(self._own(layer))
         if settings.solver not in FACTORED:
             return Plain()
-        refine = settings.solver == "ekfac"
-        sums = self._factors([] if refine else [layer], shards)
         own = self._own(layer) if settings.damping == "schedule" else None
-        if not needs_eigenvectors(settings.solver, settings):
-            return layer_inverse(sums, layer, settings, own, inverses)
-        a, s = self._recorded(layer) if refine else layer_bases(sums, layer, bases)
-        refined = self._total("squares", layer, shards) if refine else None
-        return layer_curvature(layer, a, s, sums.positions, settings, own, refined, torch.float32)
+        if settings.solver == "kfac":
+            return layer_inverse(self._factors([layer], shards), layer, settings, own, inverses)
+        eigenvalues = self._total("squares", layer, shards)
+        return layer_curvature(layer, *self._recorded(layer), eigenvalues, settings, own, torch.float32)
 
     def _recorded(self, layer: str) -> tuple[Eigenbasis, Eigenbasis]:
         ridges = self._read(f"basis-{layer}", "ridges").tolist()

@@ -33,7 +33,7 @@ from ideal.config import Config, LoraConfig
 from ideal.curvature.joint import TANGENTS, at_once
 from ideal.curvature.layers import input_group, layer_shapes
 from ideal.precision import ByPrecision
-from ideal.solvers import FACTORED, needs_eigenvectors, needs_factors
+from ideal.solvers import FACTORED, needs_factors
 
 GIB = 2**30
 
@@ -223,7 +223,7 @@ def solve_memory(config: Config, sizes: Sizes, supervised: float) -> int:
             return products
         wider, other = max(rows, columns), min(rows, columns)
         last = 4 * (rows * rows + columns * columns + rows * columns)  # the layer's before it, or its own, in fp32
-        if needs_eigenvectors(config.influence.solver, config.influence):
+        if config.influence.solver == "ekfac":
             decomposing = 36 * wider * wider + 8 * other * other  # LAPACK's workspace is two matrices in fp64
         else:
             decomposing = 28 * wider * wider + 8 * other * other

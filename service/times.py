@@ -20,7 +20,7 @@ from ideal import model as models
 from ideal.config import Config
 from ideal.curvature.joint import at_once
 from ideal.curvature.layers import input_group
-from ideal.solvers import FACTORED, coupled, needs_eigenvectors, needs_factors
+from ideal.solvers import FACTORED, coupled, needs_factors
 from service import cluster
 from service.influence import by_cost
 from service.memory import WIDTH, Layers, Sizes, batch, cut, depth, units
@@ -164,7 +164,7 @@ def _solve(config: Config, layers: Layers, shards: int, rates: Rates) -> float:
         inputs = {input_group(name): layers[name][1] for name in names}
         cubes = sum(r**3 for r, _ in shapes) + sum(c**3 for c in inputs.values())
         products += sum(sets * 4 * r * c * (r + c) for r, c in shapes)
-        eigen = needs_eigenvectors(config.influence.solver, config.influence)
+        eigen = config.influence.solver == "ekfac"
         decomposed = EIGEN * cubes / rates.eigen if eigen else INVERSE * cubes / rates.inverse
         return decomposed + products / rates.products
 

@@ -9,9 +9,8 @@ grows by from before it loads the model (so the model's own 0.5 GB is in it).
 - `plain`: one forward and backward pass with all weights' gradients. Only supervised positions pass through the head,
   which makes it the smaller of two possible yardsticks; `plain, all logits` is the other.
 - `kfac`, `ekfac`, `joint`, `exact`: one actor of the service with all of this process's threads, its files and its
-  loading of the model included.
-  *eigenvectors*: λ added to the product of A and S, which
-  is what kronfluence does. `joint` (the default: layers combined) and `exact` (``--exact``) are damped by a made-up
+  loading of the model included. `kfac` divides λ between A and S, where kronfluence adds it to their product; `ekfac`
+  is the same in both. `joint` (the default: layers combined) and `exact` (``--exact``) are damped by a made-up
   constant Λ in place of the optimiser's; the examples that they see the curvature on are a fixed number.
 - `kronfluence`: fits its factors on the same training examples and scores. It has no notion of domains, and
   per-example gradients of these layers don't fit into memory, so the cheapest way to the matrix is taken: a domain's
@@ -92,17 +91,13 @@ class Setting:
 
 OURS: dict[str, dict[str, Any]] = {
     "kfac": {"joint": False},
-    "kfac, eigenvectors": {"joint": False, "divided": False, "damping": 0.1},
     "ekfac": {"solver": "ekfac", "joint": False, "damping": 0.1},
     "joint": {},
     "exact": {"solver": "exact", "damping": "schedule"},
 }
 """Our contestants: what each changes in the section `influence`."""
 
-SAME = {
-    "kfac, eigenvectors": "kronfluence kfac",
-    "ekfac": "kronfluence ekfac",
-}
+SAME = {"ekfac": "kronfluence ekfac"}
 """What should say the same as what."""
 
 
