@@ -4,9 +4,8 @@ An actor owns one block of layers and one shard of the data. It passes over its 
 scratch folder, its part of the factors and each data block's gradient. Then the layers of a block are divided among
 its actors by the cost of their eigen-decompositions; each is solved from all shards' files, and only the small table
 of products leaves. More shards share the work of one pass; more layer blocks need less memory in each actor, but
-each passes over the data. `ekfac` passes a second time, in the eigenbases; `exact` knows no layer blocks: its first
-actor runs the conjugate gradients, and all shards compute each curvature product together. With `joint`
-forward passes of all layers over a few examples follow, which all actors share.
+each passes over the data. `ekfac` passes a second time, in the eigenbases. With `joint` forward passes of all layers
+over a few examples follow, which all actors share.
 """
 
 from __future__ import annotations
@@ -24,12 +23,10 @@ from transformers import AutoConfig
 from ideal.config import Config
 from ideal.costs import PASSES, input_tokens, of_influence
 from ideal.curvature.layers import input_group, layer_shapes
-from ideal.errors import BadInput
 from ideal.influence import shard
 from ideal.lora import base_of
 from ideal.products import combined, table_of
 from ideal.sampled import curvature_blocks, tokens_and_weights
-from ideal.solvers import coupled
 from service.cluster import Cluster, Reservation
 from service.files import TABLE, for_influence
 from service.influence_actor import InfluenceActor
@@ -66,12 +63,6 @@ def influence(
     model = for_influence(checkpoint)
     shapes = layer_shapes(AutoConfig.from_pretrained(base_of(model)), config.influence.layers, config.sft.lora)
     groups = [list(part) for part in cut(shapes, layer_blocks)]
-    if config.influence.solver == "exact" and len(groups) > 1:
-        raise BadInput(
-            "resources.layer_blocks",
-            f"`exact` solves all tracked layers together: they can't be cut in {len(groups)} blocks",
-            "leave it out, track fewer layers, or take `kfac`",
-        )
     shards = max(1, cluster.influence_workers // len(groups))
     blocks = sample.blocks()
     parts = shard(blocks, shards)
@@ -95,20 +86,15 @@ def influence(
                 lambda actor, n, s: actor.accumulate.remote(s, parts[s], progress if n == s == 0 else None),
             )
             passed = time.monotonic()
-            if config.influence.solver == "exact":
-                curved = shard(curvature_blocks(blocks, len(sample.volumes), config.influence, shards), shards)
-                solved = [ray.get(actors[0][0].exact.remote(curved, actors[0][1:], progress))]
-            else:
-                costs = [by_cost(group, shapes, shards) for group in groups]
-                if config.influence.solver == "ekfac":
-                    _everywhere(actors, lambda actor, n, s: actor.decompose.remote(costs[n][s], shards))
-                    _everywhere(actors, lambda actor, n, s: actor.refine.remote(s, parts[s]))
-                solved = _everywhere(
-                    actors,
-                    lambda actor, n, s: actor.solve.remote(costs[n][s], shards, progress if n == s == 0 else None),
-                )
-            joint = coupled(config.influence.solver, config.influence)
-            if joint:
+            costs = [by_cost(group, shapes, shards) for group in groups]
+            if config.influence.solver == "ekfac":
+                _everywhere(actors, lambda actor, n, s: actor.decompose.remote(costs[n][s], shards))
+                _everywhere(actors, lambda actor, n, s: actor.refine.remote(s, parts[s]))
+            solved = _everywhere(
+                actors,
+                lambda actor, n, s: actor.solve.remote(costs[n][s], shards, progress if n == s == 0 else None),
+            )
+            if config.influence.joint:
                 count = len(groups) * shards
                 curved = shard(curvature_blocks(blocks, len(sample.volumes), config.influence, count), count)
                 forms = _everywhere(
@@ -122,20 +108,18 @@ def influence(
     tokens = {index: size for part in counted[:shards] for index, size in part.items()}
     layers = {layer: row for part in solved for layer, row in part.items()}
     products = {layer: layers[layer].products for layer in shapes}
-    if joint:
+    if config.influence.joint:
         damping = [part for layer in shapes if (part := layers[layer].damping) is not None]
         products = combined(products, np.sum(forms, 0), damping, config.influence.blocks)
     sizes = [tokens[index] for index in range(len(blocks))]
     _, weights = tokens_and_weights(blocks, len(sample.volumes), config.influence.blocks)
     table_of(list(products.values()), sizes, weights, config.influence.blocks).save(folder / TABLE)
-    applied = max(part.applied for part in layers.values())
     return {
         "layers": list(shapes),
         "conditions": {layer: layers[layer].condition for layer in shapes},
         "repaired": {layer: layers[layer].ridge for layer in shapes if layers[layer].ridge},
-        "residual": max(part.residual for part in layers.values()),
         "tokens": input_tokens(item for block in blocks for item in block.items),
-        PASSES: of_influence(blocks, len(sample.volumes), config.influence, applied),
+        PASSES: of_influence(blocks, len(sample.volumes), config.influence),
         "actors": len(groups) * shards,
         "pass_seconds": round(passed - started, 3),
         "solve_seconds": round(time.monotonic() - passed, 3),

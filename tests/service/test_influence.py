@@ -164,7 +164,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, base: Path) -> dict[bo
         ("kfac", {}, 1, False),
         ("kfac", {"damping": "schedule"}, 2, False),
         ("ekfac", {}, 1, False),
-        ("exact", {"damping": "schedule"}, 1, False),
         ("adam", {"joint": True}, 1, False),
         ("kfac", {"joint": True}, 2, False),
         ("kfac", {"joint": True}, 2, True),
@@ -184,10 +183,9 @@ def test_every_solver_says_on_workers_what_it_says_in_one_process(
 ) -> None:
     checkpoint = checkpoints[adapters]
     asked = {"solver": solver, "curvature_examples": 4} | more
-    tight = {"products": 30, "residual": 1e-4}
     config = settings.model_copy(
         update={
-            "influence": InfluenceConfig.model_validate(settings.influence.model_dump() | asked | tight),
+            "influence": InfluenceConfig.model_validate(settings.influence.model_dump() | asked),
             "sft": SftConfig(lora=ADAPTERS if adapters else None, precision="fp32"),
         }
     )
@@ -209,7 +207,6 @@ def test_every_solver_says_on_workers_what_it_says_in_one_process(
     np.testing.assert_array_equal(found.domain_tokens, right.domain_tokens)
     np.testing.assert_allclose(found.reference_loss, right.reference_loss, rtol=1e-5)
     np.testing.assert_allclose(found.crowding, right.crowding, atol=TOLERANCE * np.abs(right.matrix()).max())
-    assert (0 < result["residual"] <= 1e-4) == (solver == "exact")
     assert not result["repaired"]
     assert all(layer.endswith((lora.A, lora.B)) == adapters for layer in result["layers"])
 
