@@ -70,9 +70,9 @@ class InfluenceConfig(Section):
 
     solver: Solver = Field(
         "kfac",
-        description="`kfac`, `ekfac`: inverse Kronecker-factored curvature, layer by layer. `exact`: the curvature of "
-        "all tracked layers together, by conjugate gradients. `adam`: the optimiser's own diagonal. `identity`: plain "
-        "gradient products. What each is worth: `ideal fidelity`.",
+        description="`kfac`, `ekfac`: inverse Kronecker-factored curvature, layer by layer. `adam`: the optimiser's "
+        "own diagonal. `identity`: plain gradient products. What each is worth: `ideal fidelity`, which alone has "
+        "`exact`: the curvature of all tracked layers together, by conjugate gradients in one process.",
     )
     joint: bool = Field(
         True, description="Combine the layers' solutions anew, under the curvature of all of them together."
@@ -96,11 +96,6 @@ class InfluenceConfig(Section):
         1.0,
         description="λ as a multiple of a layer's mean eigenvalue, or `schedule`: what AdamW's own steps damp with, "
         "(√v̂ + ε) / (sum of learning rates, each times what clipping left of its gradient).",
-    )
-    divided: bool = Field(
-        True,
-        description="`kfac` damps A and S each by the root of `damping` and its own mean, for which it needs no "
-        "eigen-decompositions; false: their product, as `ekfac` does.",
     )
     curvature_examples: PositiveInt = Field(
         64,
@@ -363,6 +358,15 @@ class Config(Section):
     def _adapters_are_not_divided(self) -> Config:
         if self.sft.lora and self.resources.shard == "always":
             raise ValueError("resources.shard: `always` divides whole models; it can't be had with sft.lora")
+        return self
+
+    @model_validator(mode="after")
+    def _the_solver_is_a_runs(self) -> Config:
+        if self.influence.solver == "exact":
+            raise ValueError(
+                "influence.solver: `exact` is a reference that `ideal fidelity` holds the others against, in one "
+                "process (fidelity.solvers); take `kfac` or `ekfac` here"
+            )
         return self
 
     @model_validator(mode="after")

@@ -34,32 +34,30 @@ def with_tangents(count: int) -> int:
     return FORWARD + count
 
 
-def of_influence(blocks: Sequence[Block], domains: int, settings: InfluenceConfig, products: int = 0) -> int:
-    """Token passes of an influence table.
+def of_influence(blocks: Sequence[Block], domains: int, settings: InfluenceConfig) -> int:
+    """Token passes of a run's influence table.
 
     Every block's gradient takes a training's; labels that are drawn for the factors take a second way back through the
     domains' blocks, `ekfac` a second pass over them. ``joint`` sees its curvature examples with a tangent for every
-    set. A product of `exact` is, for each set, a way forward with one tangent and one back.
+    set.
 
     Args:
         blocks: the sample's.
         domains: how many of its sets are domains.
-        products: how many times `exact` applied the curvature.
     """
     from ideal.sampled import curvature_blocks
-    from ideal.solvers import coupled, needs_factors
+    from ideal.solvers import needs_factors
 
     everything, mixture = _tokens(blocks), _tokens([block for block in blocks if block.weight > 0])
-    curved = _tokens(curvature_blocks(blocks, domains, settings))
-    sets = len(blocks) // settings.blocks
     found = TRAINING * everything
     if needs_factors(settings.solver, settings) and settings.fisher == "sampled":
         found += BACKWARD * mixture
     if settings.solver == "ekfac":
         found += TRAINING * mixture
-    if coupled(settings.solver, settings):
-        found += with_tangents(sets) * curved
-    return found + products * sets * (with_tangents(1) + BACKWARD) * curved
+    if settings.joint:
+        sets = len(blocks) // settings.blocks
+        found += with_tangents(sets) * _tokens(curvature_blocks(blocks, domains, settings))
+    return found
 
 
 def _tokens(blocks: Sequence[Block]) -> int:

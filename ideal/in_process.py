@@ -1,6 +1,6 @@
 """From a model and a sample of blocks to the influence table, by any solver, in one process.
 
-``service.influence`` does the same on many workers, through files.
+``service.influence`` does the same on many workers, through files; `exact`, a reference for the others, is here alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from ideal.solvers import (
     layer_bases,
     layer_curvature,
     layer_inverse,
-    needs_eigenvectors,
     needs_factors,
     solutions,
 )
@@ -63,9 +62,8 @@ def influence_tables(
     own = {layer: wide(sample.damping[f"{layer}.weight"].to(where)) for layer in layers} if sample.damping else {}
     known: dict[str, Eigenbasis] = {}
     inverses: dict[tuple[str, float], Inverse] = {}
-    eigen = any(needs_eigenvectors(solver, settings) for solver in solvers)
-    bases = {layer: layer_bases(sums, layer, known) for layer in layers} if eigen else {}
-    refined = _refined(model, bases, sample, sums.s[layers[0]].dtype) if "ekfac" in solvers else {}
+    bases = {layer: layer_bases(sums, layer, known) for layer in layers} if "ekfac" in solvers else {}
+    refined = _refined(model, bases, sample, sums.s[layers[0]].dtype) if bases else {}
     tables = {}
     gradients = [block.gradients for block in found]
     sizes = [(block.tokens, block.loss) for block in found]
@@ -112,11 +110,9 @@ def _layer_solver(
         return Diagonal(own[layer])
     if solver not in FACTORED:
         return Plain()
-    if not needs_eigenvectors(solver, settings):
+    if solver == "kfac":
         return layer_inverse(sums, layer, settings, own.get(layer), inverses)
-    a, s = bases[layer]
-    better = refined[layer] if solver == "ekfac" else None
-    return layer_curvature(layer, a, s, sums.positions, settings, own.get(layer), better, sums.s[layer].dtype)
+    return layer_curvature(layer, *bases[layer], refined[layer], settings, own.get(layer), sums.s[layer].dtype)
 
 
 def _refined(

@@ -7,8 +7,8 @@ of each *set*, and never to the many blocks: their products follow from that (``
 | --- | --- | --- |
 | `identity` | 1 | the gradients |
 | `adam` | Λ⁻¹, what the optimiser itself does with a gradient | the gradients |
-| `kfac` | (S + √c s̄)⁻¹ ⊗ (A + √c ā)⁻¹, or with ``divided: false`` (S ⊗ A + λ)⁻¹ | gradients and factors, at once |
-| `ekfac` | the same eigenvectors with their right eigenvalues | one more |
+| `kfac` | (S + √c s̄)⁻¹ ⊗ (A + √c ā)⁻¹ | gradients and factors, at once |
+| `ekfac` | the factors' eigenvectors with their right eigenvalues | one more |
 | `exact` | (H + λ)⁻¹, all tracked layers together | one for each step of conjugate gradients and reference set |
 
 Training with AdamW for T steps moves a weight along a constant gradient G by Σ_t η_t κ_t · G/(√v̂ + ε), where clipping
@@ -92,11 +92,6 @@ def needs_factors(solver: str, settings: InfluenceConfig) -> bool:
     return solver in FACTORED or (solver == "exact" and settings.damping != "schedule")
 
 
-def needs_eigenvectors(solver: str, settings: InfluenceConfig) -> bool:
-    """Whether a solver works in the factors' eigenbases."""
-    return solver == "ekfac" or (solver == "kfac" and not settings.divided)
-
-
 def layer_bases(
     sums: FactorSums, layer: str, known: dict[str, Eigenbasis] | None = None
 ) -> tuple[Eigenbasis, Eigenbasis]:
@@ -154,13 +149,15 @@ def layer_curvature(
     layer: str,
     a: Eigenbasis,
     s: Eigenbasis,
-    positions: float,
+    eigenvalues: torch.Tensor,
     settings: InfluenceConfig,
     own: torch.Tensor | None,
-    refined: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> Eigen:
-    """A layer's damped curvature as the settings ask for it.
+    """A layer's damped curvature of `ekfac` as the settings ask for it.
+
+    Args:
+        eigenvalues: [d_out, d_in] in the bases of A and S, of the second pass.
 
     Raises:
         FloatingPointError: there is none; the layer is named.
@@ -170,10 +167,9 @@ def layer_curvature(
         return curvature(
             a,
             s,
-            positions,
+            eigenvalues,
             0.0 if settings.damping == "schedule" else settings.damping,
             dtype,
-            refined=refined,
             absolute=layer_damping(own) if scheduled and own is not None else None,
         )
     except FloatingPointError as error:

@@ -11,8 +11,7 @@ V is the vocabulary, T a forward pass's supervised tokens, w 2 bytes (bf16) or 4
   tracked layer; two sets of output gradients; logits and what two backward passes make of them in fp32 (20 T V).
 - Influence's solve: all sets' gradients of one layer, three times; with `kfac` and `ekfac` one inverse or
   eigen-decomposition in fp64. `joint` then takes sets' solutions of all layers through forward passes with tangents,
-  in w, as many at a time as are twice the model, and keeps the logits' tangents, half the model; `exact` holds all
-  layers' gradients, seven times (conjugate gradients), beside a pass.
+  in w, as many at a time as are twice the model, and keeps the logits' tangents, half the model.
 
 Batches are taken to be full and half of their tokens supervised. Left out are what Python and its libraries hold (0.5
 to 1 GiB, in the machine's memory), and what an allocator keeps of freed memory. The test holds the formulas against
@@ -32,7 +31,7 @@ from ideal.config import Config, LoraConfig
 from ideal.curvature.joint import TANGENTS, at_once
 from ideal.curvature.layers import input_group, layer_shapes
 from ideal.precision import ByPrecision
-from ideal.solvers import FACTORED, needs_eigenvectors, needs_factors
+from ideal.solvers import FACTORED, needs_factors
 from service.partition import Layers, cut
 
 GIB = 2**30
@@ -54,9 +53,6 @@ PLAIN_LOGIT = 16
 
 TANGENT_LOGIT = 12
 """Bytes of each logit's tangent along each solution while it is made, in a batch."""
-
-VECTORS = 7
-"""Copies of every set's gradient that conjugate gradients hold: solution, residual, direction, their updates."""
 
 KEPT_OUTPUTS = ("gate_proj", "up_proj")
 """Layers whose output a frozen model's backward pass needs anyway; of other tracked layers it is kept besides."""
@@ -204,10 +200,8 @@ def pass_memory(config: Config, sizes: Sizes, blocks: int, supervised: float) ->
 
 
 def solve_memory(config: Config, sizes: Sizes, supervised: float) -> int:
-    """Bytes of an influence actor at its most expensive layer, or with `joint` and `exact` at all of them."""
+    """Bytes of an influence actor at its most expensive layer, or with `joint` at all of them."""
     sets = 2 * len(config.domains)
-    if config.influence.solver == "exact":
-        return pass_memory(config, sizes, 1, supervised) + 4 * VECTORS * sets * sizes.tracked_weights
 
     def of_layer(rows: int, columns: int) -> int:
         products = 4 * 3 * sets * rows * columns
@@ -215,7 +209,7 @@ def solve_memory(config: Config, sizes: Sizes, supervised: float) -> int:
             return products
         wider, other = max(rows, columns), min(rows, columns)
         last = 4 * (rows * rows + columns * columns + rows * columns)  # the layer's before it, or its own, in fp32
-        if needs_eigenvectors(config.influence.solver, config.influence):
+        if config.influence.solver == "ekfac":
             decomposing = 36 * wider * wider + 8 * other * other  # LAPACK's workspace is two matrices in fp64
         else:
             decomposing = 28 * wider * wider + 8 * other * other

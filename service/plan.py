@@ -160,8 +160,6 @@ def estimate(
     blocks = config.resources.layer_blocks or filling(
         next(fitting, cluster.influence_workers), cluster.influence_workers
     )
-    if config.influence.solver == "exact":
-        blocks = 1
     blocks = min(blocks, len(sizes.tracked))
     tracked = sizes.tracked_weights
     workers = cluster.sft_workers

@@ -231,10 +231,8 @@ def _markdown(config: Config, outcome: Outcome, pictures: list[str], found_pairs
 
 def _curvature(config: Config, outcome: Outcome) -> list[str]:
     """How well each influence's system was behaved; a layer that needed help is named."""
-    from ideal.solvers import coupled
-
     settings = config.influence
-    together = ", its layers combined" if coupled(settings.solver, settings) else ""
+    together = ", its layers combined" if settings.joint else ""
     lines = ["## Curvature", "", f"Solver `{settings.solver}`{together}, damping {settings.damping}.", ""]
     for iteration in outcome.iterations:
         if not iteration.influence:
@@ -244,8 +242,6 @@ def _curvature(config: Config, outcome: Outcome) -> list[str]:
         says = [f"{label(iteration)}:"]
         if worst[1] > 1:
             says.append(f"largest condition number before damping {worst[1]:.1e} ({worst[0]}).")
-        if found.get("residual"):
-            says.append(f"Conjugate gradients ended at a relative residual of {found['residual']:.2g}.")
         for name, ridge in found.get("repaired", {}).items():
             says.append(f"{name} was decomposed only with {ridge:g} of its mean eigenvalue on the diagonal.")
         lines.append("- " + " ".join(says) if len(says) > 1 else f"- {says[0]} nothing to invert.")

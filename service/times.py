@@ -20,7 +20,7 @@ from ideal import model as models
 from ideal.config import Config
 from ideal.curvature.joint import at_once
 from ideal.curvature.layers import input_group
-from ideal.solvers import FACTORED, coupled, needs_eigenvectors, needs_factors
+from ideal.solvers import FACTORED, needs_factors
 from service import cluster
 from service.memory import WIDTH, Sizes, batch, depth, units
 from service.partition import Layers, by_cost, cut
@@ -122,15 +122,14 @@ def seconds(
     exchange = exchanged * sizes.trained / together.link
     reference = work.reference * work.tokens
     sample = sum(min(config.influence.examples, volume) for volume in work.volumes) * work.tokens
-    solver = config.influence.solver
     solve = max(_solve(config, part, shards, alone) for part in parts)
-    if coupled(solver, config.influence):
+    if config.influence.joint:
         solve += _forms(config, sizes, work, shards * len(parts), alone)
     return Seconds(
         multiplied / (machine.sft_workers * together.model) + steps * (update + exchange),
         reference * 2 * (sizes.body + sizes.head) / together.model,
         max(_pass(config, sizes, part, sample, reference, alone) for part in parts) / shards,
-        _exact(config, sizes, work, shards, alone) if solver == "exact" else solve,
+        solve,
     )
 
 
@@ -164,18 +163,11 @@ def _solve(config: Config, layers: Layers, shards: int, rates: Rates) -> float:
         inputs = {input_group(name): layers[name][1] for name in names}
         cubes = sum(r**3 for r, _ in shapes) + sum(c**3 for c in inputs.values())
         products += sum(sets * 4 * r * c * (r + c) for r, c in shapes)
-        eigen = needs_eigenvectors(config.influence.solver, config.influence)
+        eigen = config.influence.solver == "ekfac"
         decomposed = EIGEN * cubes / rates.eigen if eigen else INVERSE * cubes / rates.inverse
         return decomposed + products / rates.products
 
     return max(of_actor(names) for names in by_cost(list(layers), layers, shards))
-
-
-def _exact(config: Config, sizes: Sizes, work: Work, shards: int, rates: Rates) -> float:
-    """Seconds of conjugate gradients that use all their products: each is a forward pass with tangents and a backward
-    pass over the curvature's examples, for every set."""
-    one = _curvature_tokens(config, work) / shards * 4 * 2 * (sizes.body + sizes.head)
-    return config.influence.products * 2 * len(config.domains) * one / rates.model
 
 
 def _forms(config: Config, sizes: Sizes, work: Work, actors: int, rates: Rates) -> float:

@@ -1,19 +1,20 @@
-"""K-FAC: the curvature of a linear layer as a Kronecker product, and its damped inverse.
+"""K-FAC and EK-FAC: the curvature of a linear layer by two small factors, and its damped inverse.
 
 For a layer with input a [d_in] and gradient g [d_out] of its output, over the positions that carry gradient,
 
     A = E[a aᵀ]  [d_in, d_in],      S = E[g gᵀ]  [d_out, d_out],      F ≈ S ⊗ A        (Martens & Grosse 2015)
 
-with S = Q_S Λ_S Q_Sᵀ and A = Q_A Λ_A Q_Aᵀ, eigenvectors in columns, as ``eigh`` gives them. For G [d_out, d_in],
+K-FAC divides its damping between the factors (section 6.3 there). For G [d_out, d_in], with λ_S and λ_A the factors'
+eigenvalues, whose means are those of the diagonals,
 
-    (F + λ)⁻¹ G = Q_S [ (Q_Sᵀ G Q_A) / (λ_S λ_Aᵀ + λ) ] Q_Aᵀ,      λ = c · mean eigenvalue = c · mean(λ_S) · mean(λ_A).
+    (F + λ)⁻¹ G ≈ (S + √c · mean(λ_S))⁻¹ G (A + √c · mean(λ_A))⁻¹,
 
-The damping can also be divided between the factors (Martens & Grosse 2015, section 6.3),
+which needs no eigenvectors: Cholesky's decomposition takes a thirtieth of their multiplications.
 
-    (S + √c · mean(λ_S))⁻¹ G (A + √c · mean(λ_A))⁻¹,
+EK-FAC (George et al. 2018) keeps the factors' eigenvectors Q_S and Q_A, in columns, as ``eigh`` gives them, and not
+their eigenvalues: with those that F has in this basis, Λ [d_out, d_in] (``ideal.curvature.ekfac``),
 
-which is more where one of λ_S, λ_A is large, and needs no eigenvectors: Cholesky's decomposition takes a thirtieth of
-their multiplications. Means of eigenvalues are means of diagonals.
+    (F + λ)⁻¹ G ≈ Q_S [ (Q_Sᵀ G Q_A) / (Λ + λ) ] Q_Aᵀ,      λ = c · mean(Λ).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Eigen:
     Attributes:
         q_a: [d_in, d_in] eigenvectors of A in columns.
         q_s: [d_out, d_out] eigenvectors of S in columns.
-        curvature: [d_out, d_in] eigenvalues of scale · S ⊗ A, damping included.
+        curvature: [d_out, d_in] Λ, damping included.
         condition: largest by smallest eigenvalue before damping.
         ridge: what a factor needed on its diagonal to be decomposed, as a multiple of its mean eigenvalue; 0 is well.
     """
@@ -85,28 +86,24 @@ def eigenbasis(factor: torch.Tensor) -> Eigenbasis:
 def curvature(
     a: Eigenbasis,
     s: Eigenbasis,
-    scale: float,
+    eigenvalues: torch.Tensor,
     damping: float,
     dtype: torch.dtype,
     *,
-    refined: torch.Tensor | None = None,
     absolute: float | None = None,
 ) -> Eigen:
     """A layer's damped curvature.
 
     Args:
-        scale: positions per supervised token; scale · S ⊗ A is the curvature of the mean loss per token.
+        eigenvalues: [d_out, d_in] Λ.
         damping: λ as a multiple of the layer's mean eigenvalue.
         dtype: of the result.
-        refined: [d_out, d_in] eigenvalues in the same basis that replace those of scale · S ⊗ A (``ekfac``).
         absolute: λ itself, in place of ``damping``.
 
     Raises:
         FloatingPointError: there is no curvature: no gradient reaches the layer.
     """
-    eigenvalues = scale * torch.outer(s.values, a.values)
-    if refined is not None:
-        eigenvalues = refined.to(eigenvalues)
+    eigenvalues = eigenvalues.to(s.values)
     mean = float(eigenvalues.mean())
     if not mean > 0:
         raise FloatingPointError(NO_CURVATURE)
@@ -145,7 +142,7 @@ def inverse(factor: torch.Tensor, damping: float) -> Inverse:
 
 
 class Divided:
-    """scale · S ⊗ A with the damping divided between both.
+    """scale · S ⊗ A with the damping divided between both; ``scale``: positions per supervised token.
 
     Attributes:
         condition: an upper bound.

@@ -37,14 +37,12 @@ class InfluenceResult(TypedDict):
         layers: the tracked ones.
         conditions: of each layer's curvature, with its damping.
         repaired: the ridge that each singular layer needed.
-        residual: the largest of the solves, relative.
         tokens: of the sample.
     """
 
     layers: list[str]
     conditions: dict[str, float]
     repaired: dict[str, float]
-    residual: float
     tokens: int
     passes: int
     actors: int
@@ -83,7 +81,6 @@ class Influence(Stage[InfluenceResult]):
         from ideal.lora import base_of
         from ideal.products import combined, table_of
         from ideal.sampled import curvature_blocks, tokens_and_weights
-        from ideal.solvers import coupled
         from service.partition import by_cost, cut
         from service.stages.influence_actor import InfluenceActor
         from service.stages.sample import Sample
@@ -127,8 +124,7 @@ class Influence(Stage[InfluenceResult]):
                     actors,
                     lambda actor, n, s: actor.solve.remote(costs[n][s], shards, progress if n == s == 0 else None),
                 )
-                joint = coupled(settings.solver, settings)
-                if joint:
+                if settings.joint:
                     count = len(groups) * shards
                     curved = shard(curvature_blocks(blocks, len(sample.volumes), settings, count), count)
                     forms = _everywhere(
@@ -142,20 +138,18 @@ class Influence(Stage[InfluenceResult]):
         tokens = {index: size for part in counted[:shards] for index, size in part.items()}
         layers = {layer: row for part in solved for layer, row in part.items()}
         products = {layer: layers[layer].products for layer in shapes}
-        if joint:
+        if settings.joint:
             damping = [part for layer in shapes if (part := layers[layer].damping) is not None]
             products = combined(products, np.sum(forms, 0), damping, settings.blocks)
         sizes = [tokens[index] for index in range(len(blocks))]
         _, weights = tokens_and_weights(blocks, len(sample.volumes), settings.blocks)
         table_of(list(products.values()), sizes, weights, settings.blocks).save(folder / TABLE)
-        applied = max(part.applied for part in layers.values())
         return {
             "layers": list(shapes),
             "conditions": {layer: layers[layer].condition for layer in shapes},
             "repaired": {layer: layers[layer].ridge for layer in shapes if layers[layer].ridge},
-            "residual": max(part.residual for part in layers.values()),
             "tokens": input_tokens(item for block in blocks for item in block.items),
-            PASSES: of_influence(blocks, len(sample.volumes), settings, applied),
+            PASSES: of_influence(blocks, len(sample.volumes), settings),
             "actors": len(groups) * shards,
             "pass_seconds": round(passed - started, 3),
             "solve_seconds": round(time.monotonic() - passed, 3),

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
@@ -25,7 +24,6 @@ from safetensors.torch import save_file
 
 from ideal.curvature.accumulate import Block, BlockGradient, FactorSums, accumulate
 from ideal.curvature.ekfac import squared_gradients
-from ideal.curvature.exact import GaussNewton, Vectors, conjugate_gradients
 from ideal.curvature.joint import damping_forms, quadratic_forms
 from ideal.curvature.kfac import Divided, Eigen, Eigenbasis, Inverse
 from ideal.curvature.layers import input_group
@@ -38,12 +36,9 @@ from ideal.solvers import (
     Diagonal,
     LayerSolver,
     Plain,
-    coupled,
-    exact_damping,
     layer_bases,
     layer_curvature,
     layer_inverse,
-    needs_eigenvectors,
     needs_factors,
     solutions,
 )
@@ -60,16 +55,12 @@ class Solved:
         products: [blocks + M, sets] ⟨x_s, g_b⟩, and below them ``crowded_means``'.
         condition: of its curvature, before damping; 1 for solvers without.
         ridge: what a factor needed on its diagonal to be decomposed, as a multiple of its mean eigenvalue.
-        residual: of `exact`, relative, the largest of all sets; 0 for the others.
-        applied: how many times `exact` applied the curvature.
         damping: [sets, sets] the layer's part of UᵀΛU, for `joint`.
     """
 
     products: Array
     condition: float = 1.0
     ridge: float = 0.0
-    residual: float = 0.0
-    applied: int = 0
     damping: Array | None = None
 
 
@@ -81,7 +72,6 @@ class InfluenceActor:
         self.model, self.sample, self.layers, self.scratch = model, sample, layers, scratch
         self.batch_tokens = batch_tokens
         self.scratch.mkdir(parents=True, exist_ok=True)
-        self.system: GaussNewton | None = None
         self.counts: tuple[Array, list[float]] | None = None
         self.device = device()
         if self.device.type == "cpu":
@@ -151,18 +141,17 @@ class InfluenceActor:
 
     def solve(self, layers: list[str], shards: int, progress: Reporter | None) -> dict[str, Solved]:
         """Invert the curvature of some of the block's layers and take all products."""
-        bases: dict[str, Eigenbasis] = {}
         inverses: dict[tuple[str, float], Inverse] = {}
         solved = {}
         for number, layer in enumerate(layers):
             if progress:
                 progress(f"solve: {layer}", number, len(layers))
-            solved[layer] = self._solved(layer, self._layer_solver(layer, shards, bases, inverses))
+            solved[layer] = self._solved(layer, self._layer_solver(layer, shards, inverses))
         return solved
 
     def _solved(self, layer: str, solver: LayerSolver) -> Solved:
         settings = self.sample.config
-        own = self._own(layer) if coupled(settings.solver, settings) else None
+        own = self._own(layer) if settings.joint else None
         solved = solutions(solver, self._set_sums(layer), len(self.sample.volumes), settings, own)
         products = self._products(layer, solved)
         damping = None
@@ -194,76 +183,17 @@ class InfluenceActor:
             self.device,
         )
 
-    def exact(self, curved: list[list[int]], others: list[Any], progress: Reporter | None) -> dict[str, Solved]:
-        """Solve the system of all layers together and take all products.
-
-        Args:
-            curved: curvature blocks of each shard; this actor's first.
-            others: the other shards' actors.
-        """
-        settings, shards = self.sample.config, len(curved)
-        done = 0
-
-        def product(vectors: Vectors) -> Vectors:
-            nonlocal done
-            if progress:
-                progress("conjugate gradients", done, settings.products)
-            done += 1
-            sent = ray.put({layer: v.cpu() for layer, v in vectors.items()})
-            theirs = [actor.product.remote(sent, part, shards) for actor, part in zip(others, curved[1:], strict=True)]
-            total = self.product(vectors, curved[0], shards)
-            for part in ray.get(theirs):
-                total = {layer: v + part[layer].to(v.device) for layer, v in total.items()}
-            return total
-
-        asked = self.layers if needs_factors("exact", settings) else []
-        solution = conjugate_gradients(
-            product,
-            {layer: self._set_sums(layer) for layer in self.layers},
-            exact_damping(self._factors(asked, shards), self.layers, settings, self._own),
-            tolerance=settings.residual,
-            limit=settings.products,
-        )
-        return {
-            layer: Solved(
-                self._products(layer, solution.vectors[layer]),
-                residual=max(solution.residuals),
-                applied=solution.products,
-            )
-            for layer in self.layers
-        }
-
-    def product(self, vectors: Vectors, members: list[int], shards: int) -> Vectors:
-        """The curvature's product with some vectors, over some of the curvature's blocks, cut for so many shards."""
-        if not members:
-            return {layer: torch.zeros_like(v) for layer, v in vectors.items()}
-        if self.system is None:
-            chosen = curvature_blocks(self.sample.blocks(), len(self.sample.volumes), self.sample.config, shards)
-            model = load_model(self.model, DTYPES[self.sample.config.precision], self.device)
-            blocks = [chosen[index] for index in members]
-            self.system = GaussNewton(model, self.layers, blocks, self.batch_tokens, self.device)
-        return self.system.product({layer: v.to(self.device) for layer, v in vectors.items()})
-
-    def _layer_solver(
-        self,
-        layer: str,
-        shards: int,
-        bases: dict[str, Eigenbasis],
-        inverses: dict[tuple[str, float], Inverse],
-    ) -> LayerSolver:
+    def _layer_solver(self, layer: str, shards: int, inverses: dict[tuple[str, float], Inverse]) -> LayerSolver:
         settings = self.sample.config
         if settings.solver == "adam":
             return Diagonal(self._own(layer))
         if settings.solver not in FACTORED:
             return Plain()
-        refine = settings.solver == "ekfac"
-        sums = self._factors([] if refine else [layer], shards)
         own = self._own(layer) if settings.damping == "schedule" else None
-        if not needs_eigenvectors(settings.solver, settings):
-            return layer_inverse(sums, layer, settings, own, inverses)
-        a, s = self._recorded(layer) if refine else layer_bases(sums, layer, bases)
-        refined = self._total("squares", layer, shards) if refine else None
-        return layer_curvature(layer, a, s, sums.positions, settings, own, refined, torch.float32)
+        if settings.solver == "kfac":
+            return layer_inverse(self._factors([layer], shards), layer, settings, own, inverses)
+        eigenvalues = self._total("squares", layer, shards)
+        return layer_curvature(layer, *self._recorded(layer), eigenvalues, settings, own, torch.float32)
 
     def _recorded(self, layer: str) -> tuple[Eigenbasis, Eigenbasis]:
         ridges = self._read(f"basis-{layer}", "ridges").tolist()

@@ -8,11 +8,10 @@ grows by from before it loads the model (so the model's own 0.5 GB is in it).
 
 - `plain`: one forward and backward pass with all weights' gradients. Only supervised positions pass through the head,
   which makes it the smaller of two possible yardsticks; `plain, all logits` is the other.
-- `kfac`, `ekfac`, `joint`, `exact`: one actor of the service with all of this process's threads, its files and its
-  loading of the model included.
-  *eigenvectors*: λ added to the product of A and S, which
-  is what kronfluence does. `joint` (the default: layers combined) and `exact` (``--exact``) are damped by a made-up
-  constant Λ in place of the optimiser's; the examples that they see the curvature on are a fixed number.
+- `kfac`, `ekfac`, `joint`: one actor of the service with all of this process's threads, its files and its
+  loading of the model included. `kfac` divides λ between A and S, where kronfluence adds it to their product; `ekfac`
+  is the same in both. `joint` (the default: layers combined) is damped by a made-up constant Λ in place of the
+  optimiser's; the examples that it sees the curvature on are a fixed number.
 - `kronfluence`: fits its factors on the same training examples and scores. It has no notion of domains, and
   per-example gradients of these layers don't fit into memory, so the cheapest way to the matrix is taken: a domain's
   summed gradient as the *query* (the influence is symmetric, and there are more training than reference tokens), and
@@ -61,7 +60,7 @@ from tests.service.peak import status
 CPU = torch.device("cpu")
 INSTALL = "pip install --no-deps --target FOLDER kronfluence einops opt_einsum einconv"
 MADE_UP = 0.1
-"""Λ of `exact` and `joint`: about √v̂ = 3e-4 over a sum of learning rates of 3e-3."""
+"""Λ of `joint`: about √v̂ = 3e-4 over a sum of learning rates of 3e-3."""
 SMALL = [f"model.layers.{number}.mlp.*" for number in (9, 19, 29)]
 
 
@@ -92,17 +91,12 @@ class Setting:
 
 OURS: dict[str, dict[str, Any]] = {
     "kfac": {"joint": False},
-    "kfac, eigenvectors": {"joint": False, "divided": False, "damping": 0.1},
     "ekfac": {"solver": "ekfac", "joint": False, "damping": 0.1},
     "joint": {},
-    "exact": {"solver": "exact", "damping": "schedule"},
 }
 """Our contestants: what each changes in the section `influence`."""
 
-SAME = {
-    "kfac, eigenvectors": "kronfluence kfac",
-    "ekfac": "kronfluence ekfac",
-}
+SAME = {"ekfac": "kronfluence ekfac"}
 """What should say the same as what."""
 
 
@@ -200,7 +194,7 @@ def ours(
     resources = config.resources.model_copy(update={"batch_tokens": setting.batch_tokens})
     config = config.model_copy(update={"influence": settings, "resources": resources, "seed": setting.seed})
     checkpoint, threads = Path(setting.folder) / MODEL, torch.get_num_threads()
-    if settings.solver == "exact" or settings.joint:
+    if settings.joint:
         save_file({f"{x}.weight": torch.full(s, MADE_UP) for x, s in shapes.items()}, checkpoint.parent / DAMPING)
     layers = list(shapes)
     make = InfluenceActor.__ray_metadata__.modified_class
@@ -213,11 +207,7 @@ def ours(
         if settings.solver == "ekfac":
             actor.decompose(layers, 1)
             actor.refine(0, list(range(len(blocks))))
-        if settings.solver == "exact":
-            chosen = curvature_blocks(blocks, domains, settings)
-            solved = actor.exact([list(range(len(chosen)))], [], None)
-        else:
-            solved = actor.solve(layers, 1, None)
+        solved = actor.solve(layers, 1, None)
         products = {layer: solved[layer].products for layer in layers}
         if settings.joint:
             forms = actor.forms(layers, list(range(len(curvature_blocks(blocks, domains, settings)))), 1)
@@ -342,7 +332,7 @@ def written(folder: Path, arguments: argparse.Namespace) -> Setting:
 
 def compare(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
     """Every contestant in turn, printed as it comes."""
-    parts = ["plain", "plain, all logits", *(part for part in OURS if part != "exact" or arguments.exact)]
+    parts = ["plain", "plain, all logits", *OURS]
     if arguments.only:
         parts = ["plain", *arguments.only]
     sys.path.append(setting.kronfluence)
@@ -359,7 +349,7 @@ def compare(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
             )
             print(f"{one['layers']} layers, {len(setting.names)} domains, fp32, {one['threads']} threads\n")
             print(f"{'':<30}{'seconds':>9}{'× plain':>9}{'the pass':>10}{'peak GB':>9}")
-        label = f"{part} (Λ made up)" if part in ("exact", "joint") else part
+        label = f"{part} (Λ made up)" if part == "joint" else part
         one["multiple"] = one["seconds"] / found["plain"]["seconds"]
         passed = f"{one['pass_seconds']:.1f}" if one["pass_seconds"] else ""
         print(f"{label:<30}{one['seconds']:>9.1f}{one['multiple']:>9.2f}{passed:>10}", end="")
@@ -389,7 +379,6 @@ def main() -> None:
     parser.add_argument("--config", default="jobs/configs/quickstart.yaml", help="model, domains and their examples")
     parser.add_argument("--small", action="store_true", help="three blocks' MLPs and a fifth of the tokens")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these contestants beside `plain`")
-    parser.add_argument("--exact", action="store_true", help="the exact solver too: slow")
     parser.add_argument("--domains", default="", help="numbers of domains to deal the sample out to, e.g. 2,4,8,16")
     parser.add_argument("--tokens", type=int, default=0, help="how often to double the tokens")
     parser.add_argument("--kronfluence", default="", metavar="FOLDER", help=f"where it is: {INSTALL}")

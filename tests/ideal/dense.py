@@ -9,8 +9,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from ideal.batches import collate
-from ideal.curvature.accumulate import Block
+from ideal.curvature.accumulate import Block, FactorSums
 from ideal.curvature.exact import Vectors
+from ideal.curvature.layers import input_group
 from ideal.influence import Array, split
 from ideal.model import supervised_logits
 from tests.ideal.made import MLP, example_set, full_loss
@@ -84,6 +85,20 @@ def layer_by_layer(model: LlamaForCausalLM, h: torch.Tensor) -> torch.Tensor:
     """[n, n] the matrix without what is between layers."""
     counts = [shape.numel() for shape in sizes(model).values()]
     return torch.block_diag(*(part.split(counts, 1)[n] for n, part in enumerate(h.split(counts))))
+
+
+def factored(sums: FactorSums, damping: float, layers: Sequence[str] = MLP) -> dict[str, torch.Tensor]:
+    """[n, n] by layer: K-FAC's curvature, its damping divided between the factors, by definition: positions times the
+    Kronecker product of the damped means of g gᵀ and a aᵀ over positions."""
+
+    def damped(total: torch.Tensor) -> torch.Tensor:
+        mean = total / sums.positions
+        return mean + damping**0.5 * mean.trace() / len(mean) * torch.eye(len(mean)).to(mean)
+
+    return {
+        layer: sums.positions * torch.kron(damped(sums.s[layer]), damped(sums.a[input_group(layer)]))
+        for layer in layers
+    }
 
 
 def projected(g: torch.Tensor, r: torch.Tensor, u: torch.Tensor, matrix: torch.Tensor) -> Array:

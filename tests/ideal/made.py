@@ -12,8 +12,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from ideal.batches import Item
 from ideal.config import InfluenceConfig
 from ideal.curvature.accumulate import BlockGradient, FactorSums, accumulate
-from ideal.curvature.kfac import Eigen, curvature, eigenbasis
-from ideal.curvature.layers import input_group
 from ideal.examples import ExampleSet
 from ideal.in_process import influence_tables
 from ideal.influence import InfluenceTable, split
@@ -89,17 +87,6 @@ def run(
     return sums, found
 
 
-def eigens(sums: FactorSums, layers: Sequence[str] = MLP, damping: float = 0.1) -> dict[str, Eigen]:
-    """Each layer's damped curvature in fp64."""
-    p = sums.positions
-    return {
-        layer: curvature(
-            eigenbasis(sums.a[input_group(layer)] / p), eigenbasis(sums.s[layer] / p), p, damping, torch.float64
-        )
-        for layer in layers
-    }
-
-
 def influence(
     model: torch.nn.Module,
     domains: Sequence[ExampleSet],
@@ -114,7 +101,6 @@ def influence(
     schedule: dict[str, torch.Tensor] | None = None,
     own: dict[str, torch.Tensor] | None = None,
     joint: bool = False,
-    divided: bool = False,
     span: str = "mixed",
     batch_tokens: int = 64,
 ) -> InfluenceTable:
@@ -132,7 +118,7 @@ def influence(
     settings = InfluenceConfig.model_validate(
         {"solver": solver, "blocks": blocks, "examples": blocks, "precision": "fp32", "products": 400, "residual": 1e-9}
         | {"damping": "schedule" if schedule else damping, "curvature_examples": 10**6, "fisher": fisher}
-        | {"joint": joint, "divided": divided, "span": span}
+        | {"joint": joint, "span": span}
     )
     sample = Sampled(parts, len(domains), settings, schedule or own or {}, 0, batch_tokens, torch.device("cpu"))
     return influence_tables(model, list(layers), sample, [solver])[solver]

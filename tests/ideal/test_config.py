@@ -58,6 +58,12 @@ def test_all_faults_are_named_at_once() -> None:
     refused(tree(sed=1, equilibrium={"m": 2, "rule": "best"}), "sed: unknown", "equilibrium.m:", "equilibrium.rule:")
 
 
+def test_the_reference_solver_is_the_fidelity_studys_alone() -> None:
+    refused(tree(influence={"solver": "exact"}), "influence.solver: `exact`", "fidelity.solvers", "take `kfac`")
+    found = parse(tree(fidelity={"solvers": {"right": {"solver": "exact"}}}), "c.yaml", Path("/"))
+    assert found.compared("right").solver == "exact"
+
+
 @pytest.mark.parametrize("m", [0, 1, -0.1, 1.5, "nan", "much"])
 def test_m_outside_0_and_1(m: Any) -> None:
     refused(tree(equilibrium={"m": float("nan") if m == "nan" else m}), "equilibrium.m:")

@@ -14,13 +14,13 @@ from ideal.curvature import kfac
 from ideal.curvature.accumulate import Block
 from ideal.curvature.ekfac import squared_gradients
 from ideal.curvature.exact import GaussNewton, Vectors, conjugate_gradients
-from ideal.curvature.kfac import eigenbasis
+from ideal.curvature.kfac import Eigenbasis, eigenbasis
 from ideal.curvature.layers import input_group
 from ideal.in_process import influence_tables
 from ideal.influence import InfluenceTable, split
 from ideal.products import block_products, set_sums, with_sets
 from ideal.sampled import Sampled, curvature_blocks
-from ideal.solvers import layer_bases, layer_damping
+from ideal.solvers import layer_bases, layer_damping, layer_inverse
 from tests.ideal.dense import (
     DOMAINS,
     REFERENCES,
@@ -28,6 +28,7 @@ from tests.ideal.dense import (
     blocks,
     dense_gauss_newton,
     diagonal,
+    factored,
     flat,
     lambdas,
     layer_by_layer,
@@ -35,7 +36,7 @@ from tests.ideal.dense import (
     random_vectors,
     sizes,
 )
-from tests.ideal.made import MLP, eigens, influence, llama, run
+from tests.ideal.made import MLP, influence, llama, run
 
 CPU = torch.device("cpu")
 SOLVERS = ["identity", "adam", "kfac", "ekfac", "exact"]
@@ -179,12 +180,18 @@ def test_ekfac_is_nearer_to_the_fisher_than_kfac(model: LlamaForCausalLM) -> Non
         )
 
 
-def test_ekfac_solves_with_its_own_eigenvalues(model: LlamaForCausalLM) -> None:
-    found = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="ekfac", damping=DAMPING).by_layer()
+def refined(model: LlamaForCausalLM) -> tuple[dict[str, tuple[Eigenbasis, Eigenbasis]], dict[str, torch.Tensor]]:
+    """(bases of A and S, eigenvalues in them) by layer."""
     sums, _ = run(model, blocks())
     bases = {layer: layer_bases(sums, layer) for layer in MLP}
     vectors = {layer: (s.vectors, a.vectors) for layer, (a, s) in bases.items()}
     squares = squared_gradients(model, vectors, blocks(), fisher="sampled", seed=0, batch_tokens=64, device=CPU)
+    return bases, squares
+
+
+def test_ekfac_solves_with_its_own_eigenvalues(model: LlamaForCausalLM) -> None:
+    found = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="ekfac", damping=DAMPING).by_layer()
+    bases, squares = refined(model)
     for number, layer in enumerate(MLP):
         a, s = bases[layer]
         start = sum(v.numel() for x, v in sizes_before(model, layer))
@@ -221,16 +228,20 @@ def test_a_layers_one_damping_moves_it_as_far() -> None:
     assert layer_damping(damping) == pytest.approx(1 / np.mean([1, 1 / 2, 1 / 4, 1 / 8]))
 
 
-def test_factored_solvers_take_it(model: LlamaForCausalLM) -> None:
+@pytest.mark.parametrize("solver", ["kfac", "ekfac"])
+def test_factored_solvers_take_it(model: LlamaForCausalLM, solver: str) -> None:
+    """As its harmonic mean over each layer: what a damping that is a multiple of the mean eigenvalue can say, too."""
     own = lambdas(model)
-    found = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="kfac", schedule=own).by_layer()
+    found = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver=solver, schedule=own).by_layer()
     sums, _ = run(model, blocks())
     layer = MLP[0]
-    mean = (
-        float(sums.a[input_group(layer)].trace() * sums.s[layer].trace()) / sums.positions / sizes(model)[layer].numel()
-    )
+    if solver == "ekfac":
+        mean = float(refined(model)[1][layer].mean())
+    else:
+        trace = float(sums.a[input_group(layer)].trace() * sums.s[layer].trace())
+        mean = trace / sums.positions / sizes(model)[layer].numel()
     relative = layer_damping(own[f"{layer}.weight"]) / mean
-    other = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="kfac", damping=relative).by_layer()
+    other = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver=solver, damping=relative).by_layer()
     np.testing.assert_allclose(found[0], other[0], rtol=BOUND)
     assert not np.allclose(found[1], other[1], rtol=1e-3), "each layer has its own"
 
@@ -294,6 +305,8 @@ def test_a_layer_that_cannot_be_inverted_is_named(model: LlamaForCausalLM) -> No
     sums.s[MLP[1]][0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match=f"{MLP[1]} isn't finite"):
         layer_bases(sums, MLP[1])
+    with pytest.raises(FloatingPointError, match=f"{MLP[1]} isn't finite"):
+        layer_inverse(sums, MLP[1], InfluenceConfig(), None, {})
 
 
 def test_a_decomposition_that_fails_is_tried_with_more_damping(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +334,7 @@ def _never(matrix: torch.Tensor) -> object:
 
 def test_a_singular_factor_is_damped_and_its_condition_said() -> None:
     singular = torch.diag(torch.tensor([0.0, 1.0]).double())
-    found = kfac.curvature(eigenbasis(singular), eigenbasis(singular), 1.0, 0.1, torch.float64)
+    found = kfac.curvature(eigenbasis(singular), eigenbasis(singular), singular, 0.1, torch.float64)
     assert found.condition > 1e12
     assert bool(torch.isfinite(found.solve(torch.ones(2, 2).double())).all())
 
@@ -343,7 +356,9 @@ def test_kfac_is_the_dense_block_where_it_is_exact() -> None:
         dense = j.T @ output_hessian @ j
         k = torch.stack([torch.autograd.grad(value, inputs[number + 1], retain_graph=True)[0] for value in z])
         s, a = k.T @ output_hessian @ k, torch.outer(inputs[number], inputs[number]).detach()
-        eigen = kfac.curvature(eigenbasis(a), eigenbasis(s), 1.0, DAMPING, torch.float64)
+        torch.testing.assert_close(torch.kron(s, a), dense)
+        of_s, of_a = eigenbasis(s), eigenbasis(a)
+        eigen = kfac.curvature(of_a, of_s, torch.outer(of_s.values, of_a.values), DAMPING, torch.float64)
         g = torch.randn(w.shape, generator=random).double()
         damped = dense + DAMPING * dense.diagonal().mean() * torch.eye(len(dense)).double()
         torch.testing.assert_close(
@@ -351,14 +366,16 @@ def test_kfac_is_the_dense_block_where_it_is_exact() -> None:
         )
 
 
-def test_eigens_of_the_tests_are_the_solvers(model: LlamaForCausalLM) -> None:
-    """The helper that other tests solve with says the same as `kfac`."""
-    found = influence(model, DOMAINS, REFERENCES, WEIGHTS, solver="kfac", damping=DAMPING).by_layer()
-    solved = eigens(run(model, blocks())[0], damping=DAMPING)
+def test_kfac_is_the_dense_solve_of_both_damped_factors(model: LlamaForCausalLM) -> None:
+    """Every layer and pair of sets; another damping would show."""
+    given = (model, DOMAINS, REFERENCES, WEIGHTS)
+    found = influence(*given, solver="kfac", damping=DAMPING).by_layer()
+    other = influence(*given, solver="kfac", damping=2 * DAMPING).by_layer()
     start = 0
-    for number, layer in enumerate(MLP):
-        shape = sizes(model)[layer]
-        part = slice(start, start + shape.numel())
-        g, r = (mean_gradients(model, x)[part].view(shape) for x in (DOMAINS[0], REFERENCES[1]))
-        assert found[number, 0, 1] == pytest.approx(float((r * solved[layer].solve(g)).sum()))
+    for number, (layer, curvature) in enumerate(factored(run(model, blocks())[0], DAMPING).items()):
+        part = slice(start, start + sizes(model)[layer].numel())
+        g, r = (torch.stack([mean_gradients(model, x)[part] for x in sets], 1) for sets in (DOMAINS, REFERENCES))
+        right = (g.T @ torch.linalg.solve(curvature, r)).numpy()
+        np.testing.assert_allclose(found[number], right, rtol=BOUND, atol=BOUND * np.abs(right).max())
+        assert np.abs(other[number] - right).max() > 0.01 * np.abs(right).max()
         start = part.stop

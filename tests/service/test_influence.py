@@ -56,7 +56,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Config:
             "precision": "fp32",
             "damping": 0.1,
             "joint": False,
-            "divided": False,
         },
         "resources": {"batch_tokens": 64, "wait_seconds": HANGS},
     }
@@ -131,9 +130,10 @@ def test_the_matrix_is_the_formulas(whole: Any, settings: Config, base: Path, da
     gradients = {name: mean_gradients(model, names, blocks, name) for name in sets}
     expected = np.zeros((len(VOLUMES), len(VOLUMES)))
     for name in names:
-        a, s = sums.a[input_group(name)].double(), sums.s[name].double()
-        dense = torch.kron(s / sums.positions, a / sums.positions) * sums.positions
-        dense += torch.eye(len(dense)) * settings.influence.damping * dense.diagonal().mean()
+        factors = [x.double() / sums.positions for x in (sums.s[name], sums.a[input_group(name)])]
+        shifts = [settings.influence.damping**0.5 * x.diagonal().mean() for x in factors]
+        damped = [x + shift * torch.eye(len(x)) for x, shift in zip(factors, shifts, strict=True)]
+        dense = torch.kron(*damped) * sums.positions
         domain = torch.stack([gradients[f"train/{d}"][name] for d in VOLUMES], 1)
         reference = torch.stack([gradients[f"reference/{d}"][name] for d in VOLUMES], 1)
         expected += (torch.linalg.solve(dense, domain).T @ reference).numpy()
@@ -166,13 +166,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, base: Path) -> dict[bo
     [
         ("identity", {}, 1, False),
         ("adam", {}, 1, False),
-        ("kfac", {"divided": True}, 1, False),
-        ("kfac", {"divided": True, "damping": "schedule"}, 2, False),
+        ("kfac", {}, 1, False),
+        ("kfac", {"damping": "schedule"}, 2, False),
         ("ekfac", {}, 1, False),
-        ("exact", {"damping": "schedule"}, 1, False),
         ("adam", {"joint": True}, 1, False),
         ("kfac", {"joint": True}, 2, False),
-        ("kfac", {"joint": True, "divided": True}, 2, True),
+        ("kfac", {"joint": True}, 2, True),
         ("ekfac", {}, 1, True),
     ],
 )
@@ -189,10 +188,9 @@ def test_every_solver_says_on_workers_what_it_says_in_one_process(
 ) -> None:
     checkpoint = checkpoints[adapters]
     asked = {"solver": solver, "curvature_examples": 4} | more
-    tight = {"products": 30, "residual": 1e-4}
     config = settings.model_copy(
         update={
-            "influence": InfluenceConfig.model_validate(settings.influence.model_dump() | asked | tight),
+            "influence": InfluenceConfig.model_validate(settings.influence.model_dump() | asked),
             "sft": SftConfig(lora=ADAPTERS if adapters else None, precision="fp32"),
         }
     )
@@ -214,7 +212,6 @@ def test_every_solver_says_on_workers_what_it_says_in_one_process(
     np.testing.assert_array_equal(found.domain_tokens, right.domain_tokens)
     np.testing.assert_allclose(found.reference_loss, right.reference_loss, rtol=1e-5)
     np.testing.assert_allclose(found.crowding, right.crowding, atol=TOLERANCE * np.abs(right.matrix()).max())
-    assert (0 < result["residual"] <= 1e-4) == (solver == "exact")
     assert not result["repaired"]
     assert all(layer.endswith((lora.A, lora.B)) == adapters for layer in result["layers"])
 

@@ -24,8 +24,10 @@ G = torch.randn(D_OUT, D_IN, generator=torch.Generator().manual_seed(3), dtype=t
 F = SCALE * torch.kron(S, A)
 
 
-def solved(damping: float) -> Eigen:
-    return curvature(eigenbasis(A), eigenbasis(S), SCALE, damping, torch.float64)
+def solved(damping: float, a: torch.Tensor = A, s: torch.Tensor = S, scale: float = SCALE) -> Eigen:
+    """Of scale · S ⊗ A itself, whose eigenvalues are the factors' products."""
+    of_a, of_s = eigenbasis(a), eigenbasis(s)
+    return curvature(of_a, of_s, scale * torch.outer(of_s.values, of_a.values), damping, torch.float64)
 
 
 def divided(damping: float) -> Divided:
@@ -66,7 +68,7 @@ def test_a_large_damping_would_hide_them() -> None:
 
 
 def test_damping_is_relative_to_the_layers_mean_eigenvalue() -> None:
-    larger = curvature(eigenbasis(9 * A), eigenbasis(4 * S), SCALE, 0.1, torch.float64)
+    larger = solved(0.1, 9 * A, 4 * S)
     torch.testing.assert_close(36 * larger.solve(G), solved(0.1).solve(G))
     values = torch.linalg.eigvalsh(F)
     assert solved(0.1).condition == pytest.approx(float(values[-1] / values[0]))
@@ -116,7 +118,7 @@ def test_exact_for_one_position_of_a_linear_model() -> None:
         fisher += p[label] * torch.outer(gradient.flatten(), gradient.flatten())
         g = p - torch.eye(D_OUT, dtype=torch.float64)[label]
         s += p[label] * torch.outer(g, g)
-    eigen = curvature(eigenbasis(torch.outer(a, a)), eigenbasis(s), 1.0, 0.05, torch.float64)
+    eigen = solved(0.05, torch.outer(a, a), s, 1.0)
     damped = fisher + 0.05 * torch.diag(fisher).mean() * torch.eye(len(fisher), dtype=torch.float64)
     expected = torch.linalg.solve(damped, G.flatten()).view_as(G)
     torch.testing.assert_close(eigen.solve(G), expected, rtol=1e-8, atol=1e-8)
@@ -139,4 +141,4 @@ def test_a_factor_that_is_not_finite_is_refused(broken: float) -> None:
 
 def test_a_layer_without_curvature_is_refused() -> None:
     with pytest.raises(FloatingPointError, match="no gradient"):
-        curvature(eigenbasis(A), eigenbasis(torch.zeros(D_OUT, D_OUT)), 1.0, 0.1, torch.float64)
+        solved(0.1, s=torch.zeros(D_OUT, D_OUT))
