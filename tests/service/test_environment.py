@@ -67,6 +67,7 @@ from service.cli import read
 config, folder = read(Path(sys.argv[1]), None), Path(sys.argv[2])
 
 import torch
+from transformers import AutoConfig
 
 from ideal.chat import ChatEncoder
 from ideal.domains import prepare
@@ -79,6 +80,10 @@ model = load_model(folder, torch.float32)
 for domain in domains:
     losses, _ = example_losses(model, domain.reference, torch.device("cpu"), 256)
     print("READ", domain.name, len(domain.train), len(losses))
+try:
+    AutoConfig.from_pretrained("org/model")
+except OSError:
+    print("A hub's model is none here.")
 """
 
 
@@ -126,6 +131,8 @@ def test_a_run_that_asks_for_no_hub_connects_to_nothing(tmp_path: Path) -> None:
 
 
 def test_local_files_and_a_local_model_are_loaded_without_a_connection(tmp_path: Path, tiny_model: Path) -> None:
+    """Nor would the libraries open one for something else: they are offline."""
+
     def rows(name: str, count: int) -> list[dict[str, str]]:
         return [{"prompt": f"What is {name} + {n}?", "completion": str(n)} for n in range(count)]
 
@@ -143,7 +150,7 @@ def test_local_files_and_a_local_model_are_loaded_without_a_connection(tmp_path:
     (tmp_path / "model").mkdir()
     ended = watched(str(tmp_path / "config.yaml"), str(tmp_path / "model"), program=LOADS)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.splitlines() == ["READ math 9 8", "READ chat 9 8"]
+    assert ended.stdout.splitlines() == ["READ math 9 8", "READ chat 9 8", "A hub's model is none here."]
 
 
 class Server:
