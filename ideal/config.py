@@ -278,8 +278,11 @@ class ResourcesConfig(Section):
         description="Where stages are worked on if `storage` is a URL: a folder that all nodes share. Default: one for "
         "each URL in ~/.ideal.",
     )
-    vllm_memory: float = Field(
-        0.0, ge=0, description="vLLM's memory: share of a GPU (0 gives 0.85), or GiB of cache on CPU (0 gives 1)."
+    vllm_gpu_share: float = Field(
+        0.85, gt=0, le=1, description="Share of each GPU's memory that vLLM takes, weights and cache together."
+    )
+    vllm_cpu_cache: float = Field(
+        1.0, gt=0, description="GiB of vLLM's key-value cache, beside the weights, where it runs on the CPU."
     )
 
 

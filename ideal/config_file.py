@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import typing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,22 @@ from ideal.errors import BadInput
 from ideal.roots import stay_inside
 from ideal.yaml_file import tree_of
 
+Place = tuple[str | int, ...]
+"""Where a value stands in a config: keys, and numbers in lists."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a user gave, before it is checked.
+
+    Attributes:
+        tree: the file's settings with the overrides in their places.
+        overridden: these places.
+    """
+
+    tree: dict[str, Any]
+    overridden: list[Place]
+
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML config, apply ``a.b=c`` overrides, and check it whole.
@@ -28,6 +45,15 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Raises:
         BadInput: no such file, not YAML, or a field that doesn't hold; all faulty fields are named.
+    """
+    return parse(read(path, overrides).tree, str(path), Path(path).parent)
+
+
+def read(path: str | Path, overrides: list[str] | None = None) -> Given:
+    """The settings of a YAML file, and of ``a.b=c`` overrides.
+
+    Raises:
+        BadInput: no such file, not YAML, or an override that names no field.
     """
     path = Path(path)
     try:
@@ -40,9 +66,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise BadInput(str(path), f"is not YAML: {' '.join(str(error).split())}", "mend the line named") from None
     if not isinstance(tree, dict):
         raise BadInput(str(path), "holds no settings", "start from jobs/configs/your-data.yaml")
-    for override in overrides or []:
-        _override(tree, override)
-    return parse(tree, str(path), path.parent)
+    tree = _unshared(tree)
+    return Given(tree, [_override(tree, override) for override in overrides or []])
 
 
 def parse(tree: dict[str, Any], where: str, folder: Path) -> Config:
@@ -77,40 +102,51 @@ def _absolute(config: Config, folder: Path) -> Config:
     model = config.model
     if model.source.startswith((".", "/", "~")):
         model = model.model_copy(update={"source": at(model.source)})
+    if model.made:
+        made = model.made.model_copy(update={"corpus": [source(s) for s in model.made.corpus]})
+        model = model.model_copy(update={"made": made})
     if model.chat_template:
         model = model.model_copy(update={"chat_template": at(model.chat_template)})
     return config.model_copy(update={"domains": domains, "benchmarks": benchmarks, "model": model})
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def _unshared(value: Any) -> Any:
+    """A copy in which what YAML's aliases repeat stands apart, so that an override changes one of them."""
+    if isinstance(value, dict):
+        return {key: _unshared(each) for key, each in value.items()}
+    return [_unshared(each) for each in value] if isinstance(value, list) else value
+
+
+def _override(tree: dict[str, Any], override: str) -> Place:
+    """Change one value of a tree; says where it stands."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise BadInput(f"--set {override}", "is not of the form a.b=c", "e.g. --set equilibrium.m=0.3")
     *parents, leaf = key.strip().split(".")
     node: Any = tree
+    place: Place = ()
     try:
         parsed = tree_of(value)
         for part in parents:
-            if isinstance(node, list):
-                node = _item(node, part)
-            else:
-                child = node.get(part)
-                node[part] = child = {} if child is None else child
-                node = child
-        if isinstance(node, list):
-            node[node.index(_item(node, leaf))] = parsed
-        else:
-            node[leaf] = parsed
+            step = _step(node, part)
+            if isinstance(node, dict) and node.get(step) is None:
+                node[step] = {}
+            node, place = node[step], (*place, step)
+        step = _step(node, leaf)
+        node[step] = parsed
     except (yaml.YAMLError, AttributeError, TypeError, KeyError, IndexError, ValueError):
         raise BadInput(
             f"--set {override}", "names no field", "use the config's own keys; lists by name or number"
         ) from None
+    return (*place, step)
 
 
-def _item(items: list[Any], key: str) -> Any:
-    """An element of a list by its number or by its `name`."""
-    named = [item for item in items if isinstance(item, dict) and item.get("name") == key]
-    return named[0] if named else items[int(key)]
+def _step(node: Any, part: str) -> Any:
+    """A key of a mapping; of a list, the place of the element with this `name` or number."""
+    if not isinstance(node, list):
+        return part
+    names = [item.get("name") if isinstance(item, dict) else None for item in node]
+    return names.index(part) if part in names else range(len(node))[int(part)]
 
 
 def _explain(problem: Any) -> str:

@@ -56,7 +56,8 @@ class Engine:
             self.llm = start_engine(
                 model,
                 max_tokens=self.config.model.max_tokens,
-                memory=self.config.resources.vllm_memory,
+                gpu_share=self.config.resources.vllm_gpu_share,
+                cpu_cache=self.config.resources.vllm_cpu_cache,
                 gpus=self.gpus,
                 precision=self.config.sft.precision,
             )

@@ -10,6 +10,7 @@ depends on it, and ``--help`` needs none of them.
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -108,6 +109,25 @@ def plan(
         tflops=tflops,
         tokens_per_example=tokens_per_example,
     )
+
+
+@app.command("config")
+def settings(
+    config: Annotated[
+        Path | None, typer.Argument(help="A YAML config; jobs/configs/ has some.", show_default=False)
+    ] = None,
+    set_: Overrides = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of configs, for editors.")] = False,
+) -> None:
+    """Print every setting and where its value is from, as a config that gives the same run."""
+    from ideal import config_origins
+
+    if schema:
+        typer.echo(json.dumps(config_origins.schema(), indent=2))
+    elif config is None:
+        raise BadInput("config", "no file is named", "ideal config my.yaml, or ideal config --schema")
+    else:
+        typer.echo(config_origins.with_origins(config, set_), nl=False)
 
 
 @app.command()

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 256
 DTYPES = ByPrecision[Literal["bfloat16", "float32"]](bf16="bfloat16", fp32="float32")
-GPU_SHARE = 0.85
-CPU_CACHE_GIB = 1
 ADAPTER = 1
 """vLLM's number of the adapters that an engine has taken up."""
 
@@ -52,7 +50,8 @@ def start_engine(
     folder: Path,
     *,
     max_tokens: int,
-    memory: float,
+    gpu_share: float,
+    cpu_cache: float,
     gpus: int,
     precision: Precision = "bf16",
 ) -> LLM:
@@ -61,7 +60,8 @@ def start_engine(
     Args:
         folder: a model, or adapters of one, and its tokenizer in the transformers format.
         max_tokens: longest prompt and answer together, in tokens; at most what the model was made for.
-        memory: share of the GPU, or GiB of key-value cache on a CPU; 0 takes 0.85 or 1.
+        gpu_share: share of each GPU's memory.
+        cpu_cache: GiB of key-value cache on a CPU.
         gpus: that the model is divided among; 0: on the CPU.
         precision: of weights and arithmetic.
 
@@ -89,18 +89,15 @@ def start_engine(
             tensor_parallel_size=max(1, gpus),
             disable_log_stats=True,
             additional_config={"tensors": _tensors(folder)},
-            **(
-                {"gpu_memory_utilization": memory or GPU_SHARE}
-                if gpus
-                else {"kv_cache_memory_bytes": int((memory or CPU_CACHE_GIB) * 2**30)}
-            ),
+            **({"gpu_memory_utilization": gpu_share} if gpus else {"kv_cache_memory_bytes": int(cpu_cache * 2**30)}),
             **(_room(folder) if is_adapter(folder) else {}),
         )
     except (ValueError, OSError, RuntimeError) as error:
         raise BadInput(
             str(folder),
             f"vLLM can't serve this model: {' '.join(str(error).split())}",
-            "check the model folder, `model.max_tokens` and `resources.vllm_memory`",
+            "check the model folder, `model.max_tokens` and "
+            f"`resources.{'vllm_gpu_share' if gpus else 'vllm_cpu_cache'}`",
         ) from error
 
 

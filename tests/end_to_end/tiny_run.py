@@ -75,5 +75,5 @@ def settings(model: Path, echo: Path) -> dict[str, Any]:
             "sure": 0.5,
             "max_rise": 0.1,
         },
-        "resources": {"influence_workers": 1, "vllm_memory": 0.125, "wait_seconds": HANGS},
+        "resources": {"influence_workers": 1, "vllm_cpu_cache": 0.125, "wait_seconds": HANGS},
     }

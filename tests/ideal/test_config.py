@@ -86,6 +86,24 @@ def test_overrides_that_name_nothing(file: Path, override: str) -> None:
         load(file, [override])
 
 
+def test_paths_of_a_made_models_corpus_are_taken_from_there_too(file: Path) -> None:
+    made = tree(model={"source": "made", "made": {"corpus": [{"files": ["data/c.jsonl"]}]}})
+    file.write_text(yaml.safe_dump(made))
+    model = load(file).model
+    assert model.made
+    assert model.made.corpus[0].files == [str(file.parent / "data/c.jsonl")]
+
+
+def test_an_override_changes_one_of_the_values_that_an_alias_repeats(file: Path) -> None:
+    made = tree()
+    shared = {"min_terms": 2}
+    made["domains"][0]["train"]["options"] = made["domains"][0]["reference"]["options"] = shared
+    file.write_text(yaml.safe_dump(made))
+    assert "*id" in file.read_text()
+    math = load(file, ["domains.math.train.options.min_terms=4"]).domains[0]
+    assert (math.train.options, math.reference.options) == ({"min_terms": 4}, shared)
+
+
 def sections(section: type[Section]) -> set[type[Section]]:
     found = {section}
     for field in section.model_fields.values():

@@ -90,7 +90,7 @@ def test_an_engine_that_broke_is_not_asked_again(
 def test_two_engines_score_as_one(config: Config, base: Path) -> None:
     update = {
         "benchmarks": [benchmark(name, size) for name, size in SIZES.items()],
-        "resources": config.resources.model_copy(update={"vllm_memory": 0.125, "wait_seconds": HANGS}),
+        "resources": config.resources.model_copy(update={"vllm_cpu_cache": 0.125, "wait_seconds": HANGS}),
         "sft": config.sft.model_copy(update={"precision": "fp32"}),
     }
     config = config.model_copy(update=update)

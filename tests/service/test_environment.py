@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -11,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -37,22 +41,85 @@ print("LOADED", *sys.modules)
 sys.exit(status)
 """
 
+HELPS = """
+import sys
+from service.cli import app, guarded
 
-def watched(*arguments: str) -> subprocess.CompletedProcess[str]:
+for command in app.registered_commands:
+    name = command.name or command.callback.__name__
+    assert guarded([name, "--help"]) == 0, name
+    print("HELPED", name)
+print("LOADED", *sys.modules)
+"""
+
+LOADS = """
+import sys
+from pathlib import Path
+
+def refuse(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        print("CONNECTS", event, arguments[-2:])
+        raise OSError("no connection is allowed")
+
+sys.addaudithook(refuse)
+from service.cli import read
+
+config, folder = read(Path(sys.argv[1]), None), Path(sys.argv[2])
+
+import torch
+from transformers import AutoConfig
+
+from ideal.chat import ChatEncoder
+from ideal.domains import prepare
+from ideal.model import load_model, load_tokenizer, materialise
+from ideal.training import example_losses
+
+materialise(config.model, folder)
+domains = prepare(config, ChatEncoder(load_tokenizer(folder), config.model.max_tokens), [])
+model = load_model(folder, torch.float32)
+for domain in domains:
+    losses, _ = example_losses(model, domain.reference, torch.device("cpu"), 256)
+    print("READ", domain.name, len(domain.train), len(losses))
+try:
+    AutoConfig.from_pretrained("org/model")
+except OSError:
+    print("A hub's model is none here.")
+"""
+
+
+def watched(*arguments: str, program: str = WATCHED) -> subprocess.CompletedProcess[str]:
     """The command in a process that says which connections it opens and what it has loaded at its end."""
     unset = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "RAY_ADDRESS")
     plain = {name: value for name, value in os.environ.items() if name not in unset}
     return subprocess.run(
-        [sys.executable, "-c", WATCHED, *arguments], capture_output=True, text=True, env=plain | {"COLUMNS": "200"}
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=plain | {"COLUMNS": "200"}
     )
+
+
+def loaded(ended: subprocess.CompletedProcess[str]) -> set[str]:
+    """The packages that a process had loaded at its end."""
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return {name.partition(".")[0] for name in ended.stdout.partition("LOADED")[2].split()}
 
 
 def test_help_loads_nothing_heavy() -> None:
     ended = watched("--help")
-    assert ended.returncode == 0, ended.stderr
-    loaded = ended.stdout.partition("LOADED")[2].split()
-    assert "typer" in loaded
-    assert not {name.partition(".")[0] for name in loaded} & set(HEAVY)
+    assert "typer" in loaded(ended)
+    assert not loaded(ended) & set(HEAVY)
+    assert "CONNECTS" not in ended.stdout
+
+
+def test_the_help_of_each_command_loads_nothing_heavy() -> None:
+    ended = watched(program=HELPS)
+    assert loaded(ended) & set(HEAVY) <= {"pydantic"}, "which typer reads options with"
+    assert {"run", "config", "sweep", "doctor"} <= set(re.findall(r"^HELPED (\w+)$", ended.stdout, re.MULTILINE))
+
+
+@pytest.mark.parametrize("arguments", [(str(CONFIGS / "your-data.yaml"),), ("--schema",)], ids=["values", "schema"])
+def test_showing_a_config_loads_only_what_reads_it(arguments: tuple[str, ...]) -> None:
+    """Nor is a hub looked for, though the config names one."""
+    ended = watched("config", *arguments)
+    assert loaded(ended) & set(HEAVY) == {"pydantic"}
     assert "CONNECTS" not in ended.stdout
 
 
@@ -61,6 +128,29 @@ def test_a_run_that_asks_for_no_hub_connects_to_nothing(tmp_path: Path) -> None:
     ended = watched("run", "--dry-run", str(CONFIGS / "quickstart.yaml"), "--set", f"storage={tmp_path / 'store'}")
     assert "Ready to run." in ended.stdout, ended.stderr
     assert "CONNECTS" not in ended.stdout
+
+
+def test_local_files_and_a_local_model_are_loaded_without_a_connection(tmp_path: Path, tiny_model: Path) -> None:
+    """Nor would the libraries open one for something else: they are offline."""
+
+    def rows(name: str, count: int) -> list[dict[str, str]]:
+        return [{"prompt": f"What is {name} + {n}?", "completion": str(n)} for n in range(count)]
+
+    domains = []
+    for name in ("math", "chat"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows(name, 9))))
+        pq.write_table(pa.Table.from_pylist(rows(f"{name} again", 8)), tmp_path / f"{name}.parquet")
+        train, reference = ({"files": [f"{name}.{kind}"]} for kind in ("jsonl", "parquet"))
+        domains.append({"name": name, "train": train, "reference": reference})
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    (tmp_path / "chat.jinja").write_text(template + "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}")
+    model = {"source": str(tiny_model), "chat_template": "chat.jinja"}
+    settings: dict[str, Any] = {**tree(tmp_path / "store"), "model": model, "domains": domains}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "model").mkdir()
+    ended = watched(str(tmp_path / "config.yaml"), str(tmp_path / "model"), program=LOADS)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == ["READ math 9 8", "READ chat 9 8", "A hub's model is none here."]
 
 
 class Server:

@@ -6,6 +6,7 @@ import gc
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def start(folder: Path) -> VllmModel:
-    engine = start_engine(folder, max_tokens=4 * MAX_TOKENS, memory=0.25, gpus=0)
+    engine = start_engine(folder, max_tokens=4 * MAX_TOKENS, gpu_share=0.85, cpu_cache=0.25, gpus=0)
     return VllmModel(engine, adapter=folder if is_adapter(folder) else None)
 
 
@@ -211,7 +212,18 @@ def test_a_checkpoint_that_is_broken_or_of_another_model_is_refused(
 
 def test_a_folder_without_a_model_starts_no_engine(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="vLLM can't serve this model"):
-        start_engine(tmp_path, max_tokens=64, memory=0.25, gpus=0)
+        start_engine(tmp_path, max_tokens=64, gpu_share=0.85, cpu_cache=0.25, gpus=0)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"), [(0, {"kv_cache_memory_bytes": 2**28}), (1, {"gpu_memory_utilization": 0.5})]
+)
+def test_memory_is_a_share_of_gpus_or_a_cache_on_the_cpu(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, gpus: int, expected: dict[str, float]
+) -> None:
+    monkeypatch.setattr("vllm.LLM", dict)
+    asked: Any = start_engine(folders["first"], max_tokens=64, gpu_share=0.5, cpu_cache=0.25, gpus=gpus)
+    assert {name: value for name, value in asked.items() if "memory" in name} == expected
 
 
 def test_answers_stop_where_they_are_told_to(model: VllmModel, folders: dict[str, Path]) -> None:
