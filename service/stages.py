@@ -38,7 +38,7 @@ WORK = "work"
 
 RESULTS_CHANGED_IN = {
     "model": 1,
-    "examples": 1,
+    "examples": 2,
     "data": 2,
     "sft": 3,
     "reference": 3,
