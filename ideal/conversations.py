@@ -57,21 +57,16 @@ def turns(value: Any) -> list[Message]:
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise Unusable("malformed: `messages` is no list of messages")
     found = [_message(turn) for turn in value]
-    if (
-        len({_one(turn, "role", "from") for turn, read in zip(value, found, strict=True) if read["role"] == "system"})
-        > 1
-    ):
+    names = {str(_one(turn, "role", "from")).strip().lower() for turn in value}
+    if {"system", "developer"} <= names:
         raise Unusable("has both a system and a developer message")
     return found
 
 
 def spoken(value: Any, role: str) -> list[Message]:
     """A prompt or a completion: messages if it is a list of them, else the text of one message of this role."""
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(each, dict) and {"role", "from"} & set(each) for each in value)
-    ):
+    items = value if isinstance(value, list) else []
+    if items and all(isinstance(each, dict) and {"role", "from"} & set(each) for each in items):
         return turns(value)
     return [{"role": role, "content": text(value)}]
 

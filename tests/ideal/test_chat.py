@@ -165,7 +165,8 @@ def test_templates_that_can_not_be_used(tokenizer: PreTrainedTokenizerFast, temp
 THINKING = """{% set last = namespace(at=-1) %}
 {%- for m in messages %}{% if m.role == 'user' %}{% set last.at = loop.index0 %}{% endif %}{% endfor %}
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
-{%- if m.role == 'assistant' and loop.index0 > last.at %}{{ '<think>' + (m.reasoning_content or '') + '</think>' }}{% endif %}
+{%- if m.role == 'assistant' and loop.index0 > last.at %}
+{{- '<think>' + (m.reasoning_content or '') + '</think>' }}{% endif %}
 {{- m.content + '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 """It drops earlier thoughts, as Qwen3's does."""
@@ -226,7 +227,7 @@ def test_an_answer_that_stands_in_its_own_header_is_trained_to_its_end(tokenizer
     assert trained(tokenizer, found) == "<|lead|>final<|lead|>final<|im_end|>"
 
 
-def test_a_blank_that_a_tokenizer_puts_before_a_text_is_put_before_no_answer(
+def test_a_blank_that_a_tokenizer_begins_with_is_put_before_no_answer(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     """SentencePiece's do: where the model goes on behind its prompt, there is none."""
