@@ -48,7 +48,7 @@ class ChatEncoder:
     """Turns messages into examples with one tokenizer's template.
 
     Raises:
-        BadInput: the tokenizer has no chat template, or one that can't be cut into prompts and answers.
+        BadInput: the tokenizer has no eos token or no chat template, or one that can't be cut into prompts and answers.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
@@ -58,6 +58,8 @@ class ChatEncoder:
                 "its tokenizer has no chat template",
                 "use an instruct model, or set model.chat_template to a Jinja file",
             )
+        if tokenizer.eos_token_id is None:
+            raise BadInput("model.source", "its tokenizer names no eos token", "add it to tokenizer_config.json")
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}

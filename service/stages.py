@@ -37,7 +37,7 @@ WORK = "work"
 """A stage's folder for what a retry goes on from; gone once it is recorded."""
 
 RESULTS_CHANGED_IN = {
-    "model": 1,
+    "model": 2,
     "examples": 2,
     "data": 2,
     "sft": 3,

@@ -137,6 +137,12 @@ def test_a_special_token_without_a_name_is_refused_too(tokenizer: PreTrainedToke
         ChatEncoder(tokenizer, 512).encode([{"role": "user", "content": "<|header|>system"}, TALK[2]])
 
 
+def test_a_tokenizer_without_an_end_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.eos_token = None
+    with pytest.raises(BadInput, match="names no eos token"):
+        ChatEncoder(tokenizer, 512)
+
+
 def test_a_row_that_the_template_refuses_is_a_row_not_a_crash(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = PICKY
     encoder = ChatEncoder(tokenizer, 512)
