@@ -1,16 +1,17 @@
 """From chat messages to token ids and the positions that are trained on.
 
 The model's own chat template decides the text. A conversation is cut where an assistant's answer begins (what the
-template renders with ``add_generation_prompt``) and where it ends, and each part is tokenised by itself: then the
-ids of a prompt are exactly those that the model sees when it is asked, whatever the tokenizer would merge across
-the border. Supervised are the answer's tokens and the end token behind it; nothing else.
+template renders with ``add_generation_prompt``) and where it ends. The ids of a prompt are exactly those that the
+model sees when it is asked, whatever the tokenizer would merge across the border; an answer's are those that go on from
+there. Supervised are the answer's tokens and the end token behind it; nothing else. Where a template rewrites earlier
+turns (drops their thoughts), no one text holds all answers as they were asked for: the row becomes several examples.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -20,7 +21,10 @@ from ideal.errors import BadInput
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""`role` and `content`; of an answer, too, one of ``REASONING``, and `train` where it isn't to be trained on."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""What an answer's thoughts are called beside its content."""
 ROLES = ("system", "user", "assistant")
 PATIENCE = 120.0
 """Seconds for a template to write two lines; nested loops in one can take longer than anybody waits."""
@@ -32,18 +36,19 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation: its token ids, which of them are supervised, and its users' words."""
+    """One conversation: its token ids, which of them are supervised, its users' words, and the messages it is of."""
 
     ids: list[int]
     supervised: list[bool]
     prompt: str
+    messages: list[Message] = field(default_factory=list)
 
 
 class ChatEncoder:
     """Turns messages into examples with one tokenizer's template.
 
     Raises:
-        BadInput: the tokenizer has no chat template, or one that can't be cut into prompts and answers.
+        BadInput: the tokenizer has no eos token or no chat template, or one that can't be cut into prompts and answers.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
@@ -53,6 +58,8 @@ class ChatEncoder:
                 "its tokenizer has no chat template",
                 "use an instruct model, or set model.chat_template to a Jinja file",
             )
+        if tokenizer.eos_token_id is None:
+            raise BadInput("model.source", "its tokenizer names no eos token", "add it to tokenizer_config.json")
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -61,21 +68,22 @@ class ChatEncoder:
         self._too_long = f"longer than max_tokens ({max_tokens})"
         self._check_template()
 
-    def encode(self, messages: list[Message]) -> Example:
-        """Token ids and mask of a conversation.
+    def encode(self, messages: list[Message]) -> list[Example]:
+        """Token ids and masks of a conversation: one example, or more where the template rewrites earlier turns.
 
         Args:
-            messages: ``{"role", "content"}`` each; roles system, user, assistant.
+            messages: roles system, user, assistant.
 
         Raises:
-            Unusable: empty, malformed, too long, or without anything to learn.
+            Unusable: empty, malformed, too long, without anything to learn, or with thoughts that the template drops.
         """
         _check(messages, self._special_text)
         if len(messages) > self.max_tokens:  # each takes a token or more, and the template as long as all before it
             raise Unusable(self._too_long)
+        found: list[Example] = []
         ids: list[int] = []
         supervised: list[bool] = []
-        done = ""
+        done = after = first = 0  # ids up to the last end token, turns up to it, and the example's first answer
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -85,18 +93,28 @@ class ChatEncoder:
                 raise Unusable("the chat template refuses it") from None
             except Exception as error:  # a template can raise anything, and its row is to blame, not the run
                 raise Unusable(f"the chat template fails on it ({type(error).__name__})") from None
-            if not (prompt.startswith(done) and answered.startswith(prompt)):
-                raise Unusable("the chat template rewrites earlier turns")
-            before, answer = self._ids(prompt[len(done) :]), self._ids(answered[len(prompt) :])
-            end = self._end(answer, answered[len(prompt) :], message["content"])
-            ids += before + answer
-            supervised += [False] * len(before) + [i <= end for i in range(len(answer))]
-            done = answered
+            if not answered.startswith(prompt):
+                raise Unusable("the chat template's prompt is no beginning of the answered conversation")
+            text = answered[len(prompt) :]
+            for name in REASONING:
+                thought = message.get(name, "").strip()
+                if thought and text.count(thought) <= message["content"].count(thought):
+                    raise Unusable(f"the chat template drops its `{name}`")
+            before, answer = self._cut(prompt, answered)
+            if before[:done] != ids[:done]:
+                found += _examples(ids, supervised, messages[:after], first)
+                done, first = 0, turn
+            end = self._end(answer, text, message["content"])
+            trained = message.get("train", True)
+            supervised = supervised[:done] + [False] * (len(before) - done)
+            supervised += [trained and i <= end for i in range(len(answer))]
+            ids, done, after = before + answer, len(before) + end + 1, turn + 1
             if len(ids) > self.max_tokens:
                 raise Unusable(self._too_long)
-        if not any(supervised[1:]):
+        found += _examples(ids, supervised, messages if not found else messages[:after], first)
+        if not found:
             raise Unusable("no supervised token")
-        return Example(ids, supervised, "\n".join(m["content"] for m in messages if m["role"] == "user"))
+        return found
 
     def _render(self, messages: list[Message], ask: bool = False) -> str:
         text: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
@@ -108,11 +126,22 @@ class ChatEncoder:
         except Exception as error:  # tokenizers have no error of their own
             raise Unusable(f"the tokenizer fails on it ({type(error).__name__})") from None
 
+    def _cut(self, prompt: str, answered: str) -> tuple[list[int], list[int]]:
+        """Ids of a prompt as the model is asked with it, and of what follows it."""
+        asked, whole = self._ids(prompt), self._ids(answered)
+        if whole[: len(asked)] == asked:
+            return asked, whole[len(asked) :]
+        line, text = self._ids("\n"), answered[len(prompt) :]  # by itself, a text may be given a blank to begin with
+        after = self._ids("\n" + text)
+        return asked, after[len(line) :] if after[: len(line)] == line else self._ids(text)
+
     def _end(self, answer: list[int], text: str, content: str) -> int:
         """Position of the end token: the first special token behind the answer's content, wherever that begins."""
+        special = [i for i, token in enumerate(answer) if token in self._special]
+        if text.endswith(self._tail) and len(special) >= self._tail_specials:
+            return special[-self._tail_specials]
         lead, found, _ = text.partition(content.strip())
         skip = sum(token in self._special for token in self._ids(lead)) if found and lead else 0
-        special = [i for i, token in enumerate(answer) if token in self._special]
         return special[skip] if skip < len(special) else len(answer) - 1
 
     def _check_template(self) -> None:
@@ -126,19 +155,21 @@ class ChatEncoder:
             ) from None
         except Exception as error:  # Jinja raises whatever the template's author chose
             raise BadInput("model.source", f"its chat template fails: {error}", "mend the template") from None
-        tail = self._ids(answered[len(prompt) :].partition("Yes.")[2])
+        self._tail = answered[len(prompt) :].partition("Yes.")[2]
+        ends = [token for token in self._ids(self._tail) if token in self._special]
         if not answered.startswith(prompt):
             raise BadInput(
                 "model.source",
                 "its chat template's prompt is no prefix of the answered conversation",
                 "set model.chat_template to a template without added thoughts",
             )
-        if not any(token in self._special for token in tail):
+        if not ends:
             raise BadInput(
                 "model.source",
                 "its chat template ends an answer without an end token, so the model would never learn to stop",
                 "set model.chat_template to a template that writes the end token",
             )
+        self.end_token, self._tail_specials = ends[0], len(ends)
 
 
 def _in_time(work: Callable[[], tuple[str, str]]) -> tuple[str, str]:
@@ -165,6 +196,14 @@ def _in_time(work: Callable[[], tuple[str, str]]) -> tuple[str, str]:
     return found[0]
 
 
+def _examples(ids: list[int], supervised: list[bool], messages: list[Message], first: int) -> list[Example]:
+    """The example of a talk whose answers from turn ``first`` on are trained on, if any of it is."""
+    if not any(supervised[1:]):
+        return []
+    learned = [m | {"train": False} if m["role"] == "assistant" and n < first else m for n, m in enumerate(messages)]
+    return [Example(ids, supervised, "\n".join(m["content"] for m in messages if m["role"] == "user"), learned)]
+
+
 def _check(messages: list[Message], special: list[str]) -> None:
     if not messages:
         raise Unusable("empty")
@@ -176,9 +215,10 @@ def _check(messages: list[Message], special: list[str]) -> None:
             raise Unusable("malformed: content that is no text")
         if not content.strip() and message["role"] != "system":
             raise Unusable("empty")
-        if any("\ud800" <= letter <= "\udfff" for letter in content):
+        said = "".join(message.get(key, "") for key in ("content", *REASONING))
+        if any("\ud800" <= letter <= "\udfff" for letter in said):
             raise Unusable("half a character (a lone surrogate)")
-        if any(token in content for token in special):
+        if any(token in said for token in special):
             raise Unusable("contains the template's own special tokens")
     if not any(m["role"] == "assistant" for m in messages):
         raise Unusable("no supervised token")

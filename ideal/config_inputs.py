@@ -66,8 +66,8 @@ class Source(Section):
     )
     format: Literal["auto", "chat", "prompt", "instruction"] = Field(
         "auto",
-        description="`chat` (messages), `prompt` (prompt/completion), `instruction` (instruction/input/output); "
-        "`auto` looks at the columns.",
+        description="`chat` (messages, or ShareGPT's conversations), `prompt` (prompt/completion), `instruction` "
+        "(instruction/input/output, and history); `auto` looks at the columns.",
     )
     fields: dict[str, str] = Field(
         {},

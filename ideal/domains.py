@@ -34,10 +34,16 @@ KEY = 16
 
 @dataclass
 class Account:
-    """What became of a source's rows."""
+    """What became of a source's rows.
+
+    Attributes:
+        used: examples made of them.
+        divided: rows that gave several, since the chat template rewrites earlier turns.
+    """
 
     rows: int = 0
     used: int = 0
+    divided: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
     overlapping: int = 0
@@ -51,6 +57,7 @@ class Account:
         return {
             "rows": self.rows,
             "used": self.used,
+            "divided": self.divided,
             "rejected": dict(self.rejected),
             "rejected_rows": self.examples,
             "overlapping": self.overlapping,
@@ -227,11 +234,13 @@ def _encode(source: Source, where: str, encoder: ChatEncoder) -> Encoded:
     for place, row in rows(source, where):
         account.rows += 1
         try:
-            chat = messages(row, source)
-            examples.append(encoder.encode(chat))
-            chats.append(chat)
+            made = encoder.encode(messages(row, source))
         except Unusable as reason:
             account.reject(place, str(reason))
+            continue
+        account.divided += len(made) > 1
+        examples += made
+        chats += [example.messages for example in made]
     account.used = len(examples)
     if not account.rows:
         raise BadInput(where, "has no rows", "check the source")

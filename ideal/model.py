@@ -16,10 +16,18 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+)
 
 from ideal import lora
 from ideal.batches import IGNORED, Batch
+from ideal.chat import ChatEncoder
 from ideal.config_inputs import MadeModel, ModelConfig
 from ideal.errors import BadInput
 from ideal.model_files import is_adapter, local_folder, read_template
@@ -37,8 +45,8 @@ def materialise(config: ModelConfig, folder: Path) -> None:
     """Put the base model into ``folder`` as config, tokenizer and safetensors (a local one by links).
 
     Raises:
-        BadInput: no such model, no way to the hub, no safetensors in it, or tensors that aren't its architecture's or
-            not finite.
+        BadInput: no such model, no way to the hub, no safetensors in it, tensors that aren't its architecture's or
+            not finite, or a chat template that can't be used.
     """
     if config.source == "smollm2":
         _smollm2(folder)
@@ -59,6 +67,46 @@ def materialise(config: ModelConfig, folder: Path) -> None:
         for name in ("chat_template.jinja", "tokenizer_config.json", "tokenizer.json"):
             (folder / name).unlink(missing_ok=True)
         tokenizer.save_pretrained(folder)
+    _settle_generation(folder, ChatEncoder(load_tokenizer(folder), config.max_tokens).end_token)
+
+
+def _settle_generation(folder: Path, end: int) -> None:
+    """Make the model's generation stop at the end token that SFT trains, with settings that every checkpoint can keep.
+
+    A base model's own end token is often another than its template's: what is trained on it would generate to the
+    limit. And transformers loads settings that it doesn't save (a temperature without sampling, as Llama 2 has): of
+    those the sampling is switched on, or, where that doesn't do, the token ids alone are kept.
+    """
+    file = folder / "generation_config.json"
+    try:
+        found = GenerationConfig.from_pretrained(folder) if file.is_file() else None
+    except Exception as error:  # as in ``load_model``
+        raise BadInput("model.source", f"{file} can't be read: {error}", "mend or remove it") from None
+    settings = found or GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    stops = settings.eos_token_id
+    ends = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    if end in ends and found and _can_be_saved(found):
+        return
+    pad = settings.pad_token_id
+    ids = {
+        "eos_token_id": ends if end in ends else [*ends, end],
+        "bos_token_id": settings.bos_token_id,
+        "pad_token_id": None if pad is None or pad < 0 else pad,
+    }
+    settings.update(**ids)
+    if not _can_be_saved(settings):
+        settings.do_sample = True
+        settings = settings if _can_be_saved(settings) else GenerationConfig(**ids)
+    file.unlink(missing_ok=True)  # a link to the user's own
+    settings.save_pretrained(folder)
+
+
+def _can_be_saved(settings: GenerationConfig) -> bool:
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def check_tensors(folder: Path) -> None:

@@ -127,5 +127,5 @@ def make_weights(made: MadeModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 def _examples(corpus: list[list[Message]], encoder: ChatEncoder) -> ExampleSet:
     """The corpus with every token supervised."""
-    found = ExampleSet.of([encoder.encode(talk) for talk in corpus])
+    found = ExampleSet.of([example for talk in corpus for example in encoder.encode(talk)])
     return ExampleSet(found.ids, np.ones_like(found.supervised), found.offsets)

@@ -10,11 +10,14 @@ from typing import Any
 
 from ideal.chat import Message, Unusable
 from ideal.config_inputs import Source
+from ideal.conversations import check_row, spoken, talks_before, text, turns
 from ideal.errors import BadInput
 from ideal.mixture import seeded
 from ideal.row_files import files_of, pick, rows_of
 
 REQUIRED = {"chat": ["messages"], "prompt": ["prompt", "completion"], "instruction": ["instruction", "output"]}
+ALSO = {"messages": ("conversations", "conversation"), "system": ("system_prompt",)}
+"""Other usual names of a column, where `fields` names none."""
 
 Row = tuple[str, dict[str, Any] | None]
 """Where it stands (``file:line``), and its columns; None where the line can't be parsed."""
@@ -46,28 +49,43 @@ def messages(row: dict[str, Any] | None, source: Source) -> list[Message]:
     """
     if row is None:
         raise Unusable("malformed: no JSON object")
+    if set(row) == {"messages"} and isinstance(row["messages"], list):  # already a chat: its answer was changed
+        source = source.model_copy(update={"format": "chat", "fields": {}})
     form = source.format if source.format != "auto" else _detect(row, source)
-    if set(row) == {"messages"}:  # already a chat: a row whose answer was changed
-        form = "chat"
-    value = {name: pick(row, source.fields.get(name, name)) for name in [*REQUIRED[form], "input", "system"]}
+    check_row(row)
+    value = {name: _column(row, name, source) for name in [*REQUIRED[form], "input", "history", "system"]}
     for name in REQUIRED[form]:
         if value[name] is None:
             raise Unusable(f"malformed: no `{source.fields.get(name, name)}`")
-    system = value["system"] if isinstance(value["system"], str) else source.system
-    start: list[Message] = [{"role": "system", "content": system}] if system else []
     if form == "chat":
-        turns = value["messages"]
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise Unusable("malformed: `messages` is no list of messages")
-        has_system = bool(turns) and turns[0].get("role") == "system"
-        return ([] if has_system else start) + [{"role": t.get("role", ""), "content": t.get("content")} for t in turns]
-    if form == "prompt":
-        question, answer = value["prompt"], value["completion"]
+        talk = turns(value["messages"])
+    elif form == "prompt":
+        asked, answered = spoken(value["prompt"], "user"), spoken(value["completion"], "assistant")
+        talk = [m | {"train": False} if m["role"] == "assistant" else m for m in asked] + answered
     else:
-        question, answer = value["instruction"], value["output"]
-        if isinstance(question, str) and isinstance(value["input"], str) and value["input"].strip():
-            question = f"{question}\n\n{value['input']}"
-    return [*start, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        question, more = text(value["instruction"]), value["input"]
+        if more is not None and (more := text(more)).strip():
+            question = f"{question}\n\n{more}"
+        talk = [*talks_before(value["history"]), *spoken(question, "user"), *spoken(value["output"], "assistant")]
+    return _with_system(talk, value["system"], source.system)
+
+
+def _with_system(talk: list[Message], own: Any, default: str | None) -> list[Message]:
+    """A talk that begins with its system message: one of its own, else its row's, else the source's."""
+    beside = None if own is None else text(own)
+    if talk and talk[0]["role"] == "system":
+        if beside and beside != talk[0]["content"]:
+            raise Unusable("has two system messages, one of them beside the conversation")
+        return talk
+    system = default if beside is None else beside
+    return [{"role": "system", "content": system}, *talk] if system else talk
+
+
+def _column(row: dict[str, Any], name: str, source: Source) -> Any:
+    """What stands in a format's column; None where nothing does."""
+    if name in source.fields:
+        return pick(row, source.fields[name])
+    return next((found for each in (name, *ALSO.get(name, ())) if (found := row.get(each)) is not None), None)
 
 
 def _local(source: Source, where: str) -> Iterator[Row]:
@@ -118,31 +136,31 @@ def _made(source: Source, where: str) -> Iterator[Row]:
 
 def _with_wrong_answers(found: Iterator[Row], source: Source) -> Iterator[Row]:
     """A share of the rows with the answer of another row, as prompts and completions; which ones is seeded."""
-    talks: list[tuple[str, list[Message] | None]] = []
+    talks: list[tuple[Row, list[Message]]] = []
     for place, row in found:
         try:
-            talks.append((place, messages(row, source)))
+            talks.append(((place, row), messages(row, source)))
         except Unusable:
-            talks.append((place, None))
+            talks.append(((place, row), []))
     usable = [number for number, (_, talk) in enumerate(talks) if talk]
     random = seeded(source.seed, "wrong")
     chosen = [usable[i] for i in random.permutation(len(usable))[: round(source.wrong * len(usable))]]
-    answers = {n: talk[-1]["content"] for n, (_, talk) in enumerate(talks) if talk}
+    answers = {n: talk[-1] for n, (_, talk) in enumerate(talks) if talk}
     swapped = dict(zip(chosen, [answers[n] for n in [*chosen[1:], *chosen[:1]]], strict=True))
-    for number, (place, talk) in enumerate(talks):
-        if not talk:
-            yield place, None if talk is None else {"messages": []}
+    for number, (read, talk) in enumerate(talks):
+        if talk:
+            last = swapped.get(number, talk[-1]) | {"role": talk[-1]["role"]}
+            yield read[0], {"messages": [*talk[:-1], last]}
         else:
-            last = {"role": talk[-1]["role"], "content": swapped.get(number, talk[-1]["content"])}
-            yield place, {"messages": [*talk[:-1], last]}
+            yield read
 
 
 def _detect(row: dict[str, Any], source: Source) -> str:
     """The format that a row's columns fit; one that it has the columns of, and a null among them, if no other."""
     for form, needed in REQUIRED.items():
-        if all(pick(row, source.fields.get(name, name)) is not None for name in needed):
+        if all(_column(row, name, source) is not None for name in needed):
             return form
     for form, needed in REQUIRED.items():
-        if all(name in row for name in needed):
+        if all(any(each in row for each in (name, *ALSO.get(name, ()))) for name in needed):
             return form
     raise Unusable(f"malformed: its columns ({', '.join(sorted(map(str, row))[:6])}) fit none of {', '.join(REQUIRED)}")

@@ -153,10 +153,13 @@ def _check_domains(config: Config, encoder: ChatEncoder | None, console: Console
         d.name: {"pool": len(d.train), "reference": len(d.reference), "account": d.account} for d in domains
     }
     for name, volume in starting_volumes(config, found).items():
-        rejected = sum(sum(part["rejected"].values()) for part in found[name]["account"].values())
+        accounts = found[name]["account"].values()
+        rejected = sum(sum(part["rejected"].values()) for part in accounts)
+        divided = sum(part["divided"] for part in accounts)
         console.print(
             f"✓ {name}: {volume} of {found[name]['pool']} examples, {found[name]['reference']} reference, "
             f"{rejected} rows rejected, {found[name]['account']['train']['overlapping']} also held out"
+            + (f"; {divided} rows give an example for each answer: the template rewrites earlier turns" * bool(divided))
         )
 
 

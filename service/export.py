@@ -6,8 +6,9 @@
 | `domains/*.jsonl`, `mixture.json` | each domain's whole pool, and the probabilities to sample them with |
 | `llama-factory.yaml` (and `dataset_info.json`), `axolotl.yaml`, `trl.yaml` | those trainers, set as the run's SFT |
 
-Examples are chats, `{"messages": […], "domain": …}`, without what was left out as unusable or held out. They are read
-again from their sources, which must still be what the run read.
+Examples are chats, `{"messages": […], "domain": …}`, without what was left out as unusable or held out. An answer that
+SFT wasn't trained on has `"train": false`, which the trainers' files don't heed. They are read again from their sources,
+which must still be what the run read.
 """
 
 from __future__ import annotations

@@ -219,8 +219,10 @@ def _markdown(config: Config, outcome: Outcome, pictures: list[str], found_pairs
     for domain, found in outcome.data.result.items():
         for part, account in found["account"].items():
             reasons = ", ".join(f"{n} {why}" for why, n in account["rejected"].items()) or "0"
+            divided = f" ({account['divided']} rows divided)" if account.get("divided") else ""
             lines.append(
-                f"| {domain} | {part} | {account['rows']} | {account['used']} | {reasons} | {account['overlapping']} |"
+                f"| {domain} | {part} | {account['rows']}{divided} | {account['used']} | {reasons} "
+                f"| {account['overlapping']} |"
             )
     rejected = [row for f in outcome.data.result.values() for a in f["account"].values() for row in a["rejected_rows"]]
     lines += ["", *(f"- {row}" for row in rejected)]

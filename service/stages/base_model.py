@@ -31,7 +31,7 @@ class BaseModel(Stage[BaseModelResult]):
     """
 
     kind = "model"
-    version = 1
+    version = 2
     model: Identified[ModelConfig]
 
     def run(self, folder: Path, on: Workers) -> BaseModelResult:

@@ -28,7 +28,7 @@ class Examples(Stage[dict[str, Account]]):
     """Every domain's training and reference examples, and what they ask, as fingerprints."""
 
     kind = "examples"
-    version = 1
+    version = 2
     domains: Identified[list[DomainConfig]]
     max_tokens: int
     base: Record[Any]

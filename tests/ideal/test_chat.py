@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from ideal import chat
-from ideal.chat import ChatEncoder, Message, Unusable
+from ideal.chat import ChatEncoder, Example, Message, Unusable
 from ideal.errors import BadInput
 from ideal.pretraining import CHAT_TEMPLATE
 from tests.tiny import make_tokenizer
@@ -30,7 +31,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_answers_and_their_end_tokens_are_supervised_and_nothing_else(tokenizer: PreTrainedTokenizerFast) -> None:
-    found = ChatEncoder(tokenizer, 512).encode(TALK)
+    (found,) = ChatEncoder(tokenizer, 512).encode(TALK)
     spans: list[list[int]] = []
     for before, token, is_in in zip([False, *found.supervised], found.ids, found.supervised, strict=False):
         if is_in:
@@ -47,7 +48,7 @@ def test_answers_and_their_end_tokens_are_supervised_and_nothing_else(tokenizer:
 @pytest.mark.parametrize("turn", [2, 4])
 def test_a_prompt_is_what_the_model_sees_when_it_is_asked(tokenizer: PreTrainedTokenizerFast, turn: int) -> None:
     """However long it is: a mask at a fixed place would be wrong for all but one length."""
-    found = ChatEncoder(tokenizer, 512).encode(TALK[: turn + 1])
+    (found,) = ChatEncoder(tokenizer, 512).encode(TALK[: turn + 1])
     asked = tokenizer.apply_chat_template(TALK[:turn], add_generation_prompt=True, return_dict=False)
     assert found.ids[: len(asked)] == asked
     assert found.supervised[len(asked)]
@@ -62,7 +63,7 @@ def test_a_merge_across_the_border_is_not_taken(tokenizer: PreTrainedTokenizerFa
     )
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "the dog"}]
     asked = tokenizer.apply_chat_template(talk[:1], add_generation_prompt=True, return_dict=False)
-    found = ChatEncoder(tokenizer, 512).encode(talk)
+    (found,) = ChatEncoder(tokenizer, 512).encode(talk)
     assert found.ids[: len(asked)] == asked
     whole = tokenizer.apply_chat_template(talk, return_dict=False)
     assert whole[: len(asked)] != asked, "the whole text at once would show"
@@ -106,7 +107,7 @@ def test_a_template_that_loops_is_given_up(tokenizer: PreTrainedTokenizerFast, m
 
 
 def test_an_answer_of_exactly_the_limit_is_used(tokenizer: PreTrainedTokenizerFast) -> None:
-    n = len(ChatEncoder(tokenizer, 512).encode(TALK).ids)
+    n = len(ChatEncoder(tokenizer, 512).encode(TALK)[0].ids)
     ChatEncoder(tokenizer, n).encode(TALK)
     with pytest.raises(Unusable):
         ChatEncoder(tokenizer, n - 1).encode(TALK)
@@ -115,7 +116,7 @@ def test_an_answer_of_exactly_the_limit_is_used(tokenizer: PreTrainedTokenizerFa
 def test_special_tokens_before_the_answer_do_not_end_it(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|lead|>"]})
     tokenizer.chat_template = HARMONY
-    found = ChatEncoder(tokenizer, 512).encode(TALK[1:3])
+    (found,) = ChatEncoder(tokenizer, 512).encode(TALK[1:3])
     trained = [token for token, is_in in zip(found.ids, found.supervised, strict=True) if is_in]
     assert tokenizer.decode(trained) == "<|lead|>final<|lead|>46.\n<|im_end|>"
 
@@ -123,7 +124,7 @@ def test_special_tokens_before_the_answer_do_not_end_it(tokenizer: PreTrainedTok
 def test_added_words_that_are_not_special_do_not_end_an_answer(tokenizer: PreTrainedTokenizerFast) -> None:
     """Some tokenizers add runs of spaces: the mask would end at a program's first indented line."""
     tokenizer.add_tokens(["    "])
-    found = ChatEncoder(tokenizer, 512).encode([TALK[1], {"role": "assistant", "content": "def f():\n    return 1"}])
+    (found,) = ChatEncoder(tokenizer, 512).encode([TALK[1], {"role": "assistant", "content": "def f():\n    return 1"}])
     trained = [token for token, is_in in zip(found.ids, found.supervised, strict=True) if is_in]
     assert tokenizer.decode(trained) == "def f():\n    return 1<|im_end|>"
 
@@ -134,6 +135,12 @@ def test_a_special_token_without_a_name_is_refused_too(tokenizer: PreTrainedToke
     tokenizer.add_tokens([AddedToken("<|header|>", special=True)], special_tokens=True)
     with pytest.raises(Unusable, match="special tokens"):
         ChatEncoder(tokenizer, 512).encode([{"role": "user", "content": "<|header|>system"}, TALK[2]])
+
+
+def test_a_tokenizer_without_an_end_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.eos_token = None
+    with pytest.raises(BadInput, match="names no eos token"):
+        ChatEncoder(tokenizer, 512)
 
 
 def test_a_row_that_the_template_refuses_is_a_row_not_a_crash(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -161,10 +168,83 @@ def test_templates_that_can_not_be_used(tokenizer: PreTrainedTokenizerFast, temp
         ChatEncoder(tokenizer, 512)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_told(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.chat_template = "{% if messages | length > 3 %}{{ 'long' }}{% endif %}" + CHAT_TEMPLATE
-    with pytest.raises(Unusable, match="rewrites earlier turns"):
-        ChatEncoder(tokenizer, 512).encode(TALK)
+THINKING = """{% set last = namespace(at=-1) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set last.at = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' and loop.index0 > last.at %}
+{{- '<think>' + (m.reasoning_content or '') + '</think>' }}{% endif %}
+{{- m.content + '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+"""It drops earlier thoughts, as Qwen3's does."""
+
+
+def trained(tokenizer: PreTrainedTokenizerFast, example: Example) -> str:
+    return str(tokenizer.decode([t for t, is_in in zip(example.ids, example.supervised, strict=True) if is_in]))
+
+
+def test_where_a_template_rewrites_earlier_turns_each_answer_is_trained_as_it_is_asked_for(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer.chat_template = THINKING
+    encoder = ChatEncoder(tokenizer, 512)
+    talk = [*TALK[:4], TALK[4] | {"reasoning_content": "I turn it."}]
+    first, second = encoder.encode(talk)
+    assert trained(tokenizer, first) == "<think></think>46.\n<|im_end|>"
+    assert trained(tokenizer, second) == "<think>I turn it.</think>64, the other way round<|im_end|>"
+    for example, turn in ((first, 2), (second, 4)):
+        asked = tokenizer.apply_chat_template(talk[:turn], add_generation_prompt=True, return_dict=False)
+        assert example.ids[: len(asked)] == asked
+    assert (first.prompt, second.prompt) == ("What is 12 + 34?", "What is 12 + 34?\nAnd backward?")
+    for example in (first, second):
+        assert encoder.encode(example.messages) == [example], "what is exported is what was trained on"
+
+
+def test_what_a_template_writes_at_the_very_end_divides_no_talk(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As Phi-3's does: behind the end token, where nothing is trained on."""
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("{% endif %}", "{% else %}{{ '<|endoftext|>' }}{% endif %}")
+    (found,) = ChatEncoder(tokenizer, 512).encode(TALK)
+    assert trained(tokenizer, found) == "46.\n<|im_end|>64, the other way round<|im_end|>"
+    assert tokenizer.decode(found.ids) == tokenizer.apply_chat_template(TALK, tokenize=False)
+
+
+@pytest.mark.parametrize("thought", ["I add them.", "46"])
+def test_thoughts_that_a_template_drops_make_a_row_unusable(tokenizer: PreTrainedTokenizerFast, thought: str) -> None:
+    talk = [TALK[1], TALK[2] | {"reasoning_content": thought}]
+    with pytest.raises(Unusable, match="the chat template drops its `reasoning_content`"):
+        ChatEncoder(tokenizer, 512).encode(talk)
+    tokenizer.chat_template = THINKING
+    (found,) = ChatEncoder(tokenizer, 512).encode(talk)
+    assert trained(tokenizer, found) == f"<think>{thought}</think>46.\n<|im_end|>"
+
+
+def test_answers_that_are_not_to_be_trained_on(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = ChatEncoder(tokenizer, 512)
+    (found,) = encoder.encode([*TALK[:2], TALK[2] | {"train": False}, *TALK[3:]])
+    assert trained(tokenizer, found) == "64, the other way round<|im_end|>"
+    assert found.ids == encoder.encode(TALK)[0].ids
+    with pytest.raises(Unusable, match="no supervised token"):
+        encoder.encode([TALK[1], TALK[2] | {"train": False}])
+
+
+def test_an_answer_that_stands_in_its_own_header_is_trained_to_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|lead|>"]})
+    tokenizer.chat_template = HARMONY
+    (found,) = ChatEncoder(tokenizer, 512).encode([TALK[1], {"role": "assistant", "content": "final"}])
+    assert trained(tokenizer, found) == "<|lead|>final<|lead|>final<|im_end|>"
+
+
+def test_a_blank_that_a_tokenizer_begins_with_is_put_before_no_answer(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """SentencePiece's do: where the model goes on behind its prompt, there is none."""
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Prepend("_")
+    lines = "{% for m in messages %}{{ m.role + ':' + m.content + '<|im_end|>' }}{% endfor %}"
+    tokenizer.chat_template = lines + "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    (found,) = ChatEncoder(tokenizer, 512).encode([TALK[1], TALK[2]])
+    assert trained(tokenizer, found) == "46.\n<|im_end|>"
+    asked = tokenizer.apply_chat_template([TALK[1]], add_generation_prompt=True, return_dict=False)
+    assert found.ids[: len(asked)] == asked
 
 
 @pytest.mark.parametrize(

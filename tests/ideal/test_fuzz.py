@@ -117,17 +117,25 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> ChatEncoder:
     return ChatEncoder(load_tokenizer(make_model(tmp_path_factory.mktemp("fuzz") / "model")), 64)
 
 
+contents = st.one_of(trees, st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": trees}), max_size=2))
 turns = st.lists(
     st.one_of(
-        trees, st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", ""]), "content": trees})
+        trees,
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(["user", "assistant", "system", "tool", ""]), "content": contents},
+            optional={"reasoning_content": trees, "tool_calls": trees, "train": trees, "weight": st.integers(0, 1)},
+        ),
+        st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "System", "robot"]), "value": contents}),
     ),
     max_size=4,
 )
 lines = st.one_of(
     trees,
     st.fixed_dictionaries({"prompt": trees, "completion": trees}),
-    st.fixed_dictionaries({"messages": st.one_of(trees, turns)}),
-    st.fixed_dictionaries({"instruction": trees, "output": trees, "input": trees, "system": trees}),
+    st.fixed_dictionaries({"messages": st.one_of(trees, turns, turns.map(json.dumps))}, optional={"tools": trees}),
+    st.fixed_dictionaries({"conversations": turns, "system": trees}),
+    st.fixed_dictionaries({"prompt": turns, "completion": turns}),
+    st.fixed_dictionaries({"instruction": trees, "output": trees, "input": trees, "history": trees}),
 )
 
 
@@ -154,11 +162,13 @@ def test_data_of_anything(
         for place, row in rows(source, "here"):
             assert place.startswith(str(path))
             try:
-                example = encoder.encode(messages(row, source))
+                examples = encoder.encode(messages(row, source))
             except Unusable as reason:
                 said(reason)
             else:
-                assert len(example.ids) == len(example.supervised)
-                assert any(example.supervised)
+                assert examples
+                for example in examples:
+                    assert len(example.ids) == len(example.supervised)
+                    assert any(example.supervised)
     except BadInput as problem:
         said(problem)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ideal.config_inputs import ModelConfig
 from ideal.errors import BadInput
-from ideal.model import check_tensors, load_tokenizer, materialise, shapes
+from ideal.model import check_tensors, load_model, load_tokenizer, materialise, shapes
 from ideal.model_files import local_folder
 
 
@@ -134,3 +134,41 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder: Path, tmp_path:
     rewrite(folder, lambda found: found | {"model.norm.weight": found["model.norm.weight"] * float("nan")})
     with pytest.raises(BadInput, match=r"model\.norm\.weight has values that aren't finite"):
         materialise(ModelConfig(source=str(folder)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"eos_token_id": 0, "temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6}),
+        ({"eos_token_id": [0, 1], "pad_token_id": -1}, {}),
+        ({"eos_token_id": 0, "early_stopping": True}, {}),
+        (None, {}),
+    ],
+    ids=["a temperature without sampling", "no padding", "beams", "none"],
+)
+def test_generation_stops_at_the_trained_end_and_can_be_saved(
+    folder: Path, tmp_path: Path, settings: dict[str, object] | None, kept: dict[str, object]
+) -> None:
+    """A base model's own end token is another; of settings that transformers doesn't save SFT would find out last."""
+    own = folder / "generation_config.json"
+    own.unlink(missing_ok=True)
+    if settings is not None:
+        own.write_text(json.dumps(settings))
+    before = own.read_text() if own.exists() else None
+    made = tmp_path / "made"
+    made.mkdir()
+    materialise(ModelConfig(source=str(folder)), made)
+    end = load_tokenizer(made).convert_tokens_to_ids("<|im_end|>")
+    load_model(made, torch.float32).save_pretrained(tmp_path / "saved")  # type: ignore[operator]
+    written = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    stops = written["eos_token_id"]
+    assert end in (stops if isinstance(stops, list) else [stops])
+    assert kept.items() <= written.items()
+    assert (own.read_text() if own.exists() else None) == before, "the user's own file stays as it is"
+
+
+def test_a_generation_config_that_is_none(folder: Path, tmp_path: Path) -> None:
+    (folder / "generation_config.json").write_text("{")
+    (tmp_path / "made").mkdir()
+    with pytest.raises(BadInput, match=r"generation_config\.json can't be read"):
+        materialise(ModelConfig(source=str(folder)), tmp_path / "made")

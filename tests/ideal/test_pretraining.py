@@ -35,7 +35,7 @@ def test_it_is_a_model_like_any_other(made: tuple[Path, list[str]]) -> None:
     folder, _ = made
     model, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
     talk = [{"role": "user", "content": "12 and 8"}, {"role": "assistant", "content": "4"}]
-    example = ChatEncoder(tokenizer, 64).encode(talk)
+    (example,) = ChatEncoder(tokenizer, 64).encode(talk)
     answer = tokenizer.decode([i for i, s in zip(example.ids, example.supervised, strict=True) if s])
     assert answer == "4<|im_end|>"
     assert len(tokenizer("1234")["input_ids"]) == 4, "digits stand by themselves"

@@ -105,7 +105,7 @@ def test_the_examples_are_those_of_sfts_first_epoch_in_their_order(run: tuple[Co
     encoder = ChatEncoder(load_tokenizer(model), config.model.max_tokens)
     items = [read[name][i] for name, v in VOLUMES.items() for i in draw(POOL, v, config.seed, name)]
     trained = [items[position] for step in plan(VOLUMES, config.sft, config.seed) for position in step.picks]
-    exported = [encoder.encode(row["messages"]) for row in lines(folder / "train.jsonl")]
+    exported = [encoder.encode(row["messages"])[0] for row in lines(folder / "train.jsonl")]
     assert len(exported) == sum(VOLUMES.values())
     for (ids, supervised), example in zip(trained, exported, strict=False):
         assert ids.tolist() == example.ids
@@ -193,7 +193,7 @@ def test_other_trainers_learn_the_same_tokens(
     read = json.loads(ended.stdout.splitlines()[-1])
     encoder = ChatEncoder(load_tokenizer(base), run[0].model.max_tokens)
     ours = sorted(
-        (e.ids, e.supervised) for e in map(encoder.encode, (r["messages"] for r in lines(folder / "train.jsonl")))
+        (e.ids, e.supervised) for row in lines(folder / "train.jsonl") for e in encoder.encode(row["messages"])
     )
     theirs = sorted((ids, [label != -100 for label in labels]) for ids, labels in read["rows"])
     assert len(theirs) == len(ours) == sum(VOLUMES.values())
