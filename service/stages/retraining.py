@@ -9,10 +9,10 @@ from typing import Any
 
 import ray
 
-from ideal.config import ResourcesConfig, SftConfig
+from ideal.config.config import ResourcesConfig, SftConfig
 from ideal.costs import PASSES, TRAINING
-from ideal.examples import ExampleSet
-from service.progress import Reporter
+from ideal.data.examples import ExampleSet
+from service.cluster.progress import Reporter
 from service.stages.reference import losses_of, means
 from service.stages.workers import Workers
 from service.store.layout import MODEL, train_file
@@ -68,8 +68,8 @@ def train_here(stage: Retraining, keep: Path | None, resources: ResourcesConfig,
     """
     import torch
 
-    from ideal.model import device
-    from ideal.training import AVERAGE, Trainer, train
+    from ideal.model.base import device
+    from ideal.training.trainer import AVERAGE, Trainer, train
 
     where, batch_tokens = device(), resources.batch_tokens
     if where.type == "cpu":

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ideal.config import Config, ResourcesConfig
-from service.benchmark import Benchmarks
-from service.cluster import Cluster, on_one_worker
-from service.progress import Reporter
+from ideal.config.config import Config, ResourcesConfig
+from service.cluster.cluster import Cluster, on_one_worker
+from service.cluster.engines import Benchmarks
+from service.cluster.progress import Reporter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +54,12 @@ class Workers:
 
     def sharded(self, model: Path) -> bool:
         """Whether SFT of a model folder is divided among its workers."""
-        from service.plan import shards_training
+        from service.planning.plan import shards_training
 
         return shards_training(self.config, model, self.cluster)
 
     def layer_blocks(self, model: Path) -> int:
         """Parts that the tracked layers of a model folder are cut in, so that their influence fits."""
-        from service.plan import layer_blocks
+        from service.planning.plan import layer_blocks
 
         return layer_blocks(self.config, model, self.cluster)

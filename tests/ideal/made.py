@@ -9,13 +9,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from ideal.batches import Item
-from ideal.config import InfluenceConfig
-from ideal.curvature.accumulate import BlockGradient, FactorSums, accumulate
-from ideal.examples import ExampleSet
-from ideal.in_process import influence_tables
-from ideal.influence import InfluenceTable, split
-from ideal.sampled import Sampled
+from ideal.config.config import InfluenceConfig
+from ideal.data.batches import Item
+from ideal.data.examples import ExampleSet
+from ideal.influence.accumulate import BlockGradient, FactorSums, accumulate
+from ideal.influence.in_process import influence_tables
+from ideal.influence.sampled import Sampled
+from ideal.influence.table import InfluenceTable, split
 
 VOCABULARY = 12
 MLP = ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"]

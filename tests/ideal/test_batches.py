@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ideal.batches import IGNORED, batches, by_length, collate, length
-from ideal.chat import Example
-from ideal.examples import ExampleSet
-from ideal.model import load_model, summed_loss, supervised_logits
-from ideal.training import example_losses
+from ideal.data.batches import IGNORED, batches, by_length, collate, length
+from ideal.data.chat import Example
+from ideal.data.examples import ExampleSet
+from ideal.model.base import load_model, summed_loss, supervised_logits
+from ideal.training.trainer import example_losses
 from tests.ideal.made import example_set, full_loss, llama
 from tests.tiny import make_model
 

@@ -6,10 +6,10 @@ import pytest
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
-from ideal import chat
-from ideal.chat import ChatEncoder, Example, Message, Unusable
+from ideal.data import chat
+from ideal.data.chat import ChatEncoder, Example, Message, Unusable
 from ideal.errors import BadInput
-from ideal.pretraining import CHAT_TEMPLATE
+from ideal.training.pretraining import CHAT_TEMPLATE
 from tests.tiny import make_tokenizer
 
 TALK: list[Message] = [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ideal.comparison import Array, difference, estimate, holm
+from ideal.analysis.comparison import Array, difference, estimate, holm
 
 DRAWS = 1500
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from ideal.config import Config
-from ideal.config_file import load, parse
-from ideal.config_inputs import Section
+from ideal.config.config import Config
+from ideal.config.file import load, parse
+from ideal.config.inputs import Section
 from ideal.errors import BadInput
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"

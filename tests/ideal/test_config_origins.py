@@ -10,9 +10,9 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from ideal.config import Config
-from ideal.config_file import load
-from ideal.config_origins import AUTO, schema, with_origins
+from ideal.config.config import Config
+from ideal.config.file import load
+from ideal.config.origins import AUTO, schema, with_origins
 from tests.ideal.test_config import CONFIGS, sections, tree
 from tests.ideal.test_settings import parts
 

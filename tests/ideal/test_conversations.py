@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ideal.chat import Message, Unusable
-from ideal.config_inputs import Source
-from ideal.sources import messages, rows
+from ideal.config.inputs import Source
+from ideal.data.chat import Message, Unusable
+from ideal.data.sources import messages, rows
 
 ASKED, ANSWERED = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CHAT = [ASKED, ANSWERED]

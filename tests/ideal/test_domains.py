@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from ideal.chat import ChatEncoder
-from ideal.config import Config
-from ideal.config_file import parse
-from ideal.domains import Domain, encoded, prepare, starting_volumes
+from ideal.config.config import Config
+from ideal.config.file import parse
+from ideal.data.chat import ChatEncoder
+from ideal.data.domains import Domain, encoded, prepare, starting_volumes
 from ideal.errors import BadInput
 from tests.tiny import make_tokenizer
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from ideal.config import EquilibriumConfig
+from ideal.config.config import EquilibriumConfig
 from ideal.equilibrium import limits, project, token_weights, update, values
 from ideal.errors import BadInput
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ideal.fidelity import (
+from ideal.analysis.fidelity import (
     MODES,
     agreement,
     attainable,
@@ -21,7 +21,7 @@ from ideal.fidelity import (
     widening,
     within_sets,
 )
-from ideal.influence import Array
+from ideal.influence.table import Array
 
 VOLUMES = {"a": 40, "b": 100, "c": 60}
 TOKENS = [5.0, 2.0, 8.0]

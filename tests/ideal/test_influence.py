@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy import stats
 
-from ideal.examples import ExampleSet
-from ideal.influence import InfluenceTable, shard, split
+from ideal.data.examples import ExampleSet
+from ideal.influence.table import InfluenceTable, shard, split
 from tests.ideal.dense import factored
 from tests.ideal.made import MLP, example_set, full_loss, influence, llama, run
 

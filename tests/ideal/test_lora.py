@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ideal import lora
-from ideal.config import LoraConfig, SftConfig
-from ideal.config_inputs import ModelConfig
-from ideal.curvature.layers import input_group, layer_shapes, tracked_layers
+from ideal.config.config import LoraConfig, SftConfig
+from ideal.config.inputs import ModelConfig
 from ideal.errors import BadInput
+from ideal.influence.layers import input_group, layer_shapes, tracked_layers
 from ideal.mixture import draw
-from ideal.model import load_model, materialise
-from ideal.model_files import ADAPTER_SETTINGS, is_adapter
-from ideal.training import AVERAGE, DAMPING, Trainer, plan, train
+from ideal.model import lora
+from ideal.model.base import load_model, materialise
+from ideal.model.files import ADAPTER_SETTINGS, is_adapter
+from ideal.training.trainer import AVERAGE, DAMPING, Trainer, plan, train
 from tests.ideal.dense import (
     DOMAINS,
     REFERENCES,

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ideal.config_inputs import ModelConfig
+from ideal.config.inputs import ModelConfig
 from ideal.errors import BadInput
-from ideal.model import check_tensors, load_model, load_tokenizer, materialise, shapes
-from ideal.model_files import local_folder
+from ideal.model.base import check_tensors, load_model, load_tokenizer, materialise, shapes
+from ideal.model.files import local_folder
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from ideal.influence import InfluenceTable
-from ideal.pairs import Pair, discoveries, p_values, pairs, relative
+from ideal.analysis.pairs import Pair, discoveries, p_values, pairs, relative
+from ideal.influence.table import InfluenceTable
 
 Array = npt.NDArray[np.float64]
 M, B = 4, 8

@@ -12,18 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from ideal import precision
-from ideal.config import Config, InfluenceConfig, SftConfig
+from ideal.config.config import Config, InfluenceConfig, SftConfig
 from ideal.errors import BadInput
-from ideal.model import DTYPES
-from ideal.precision import Probe, probe
+from ideal.model import precision
+from ideal.model.base import DTYPES
+from ideal.model.precision import Probe, probe
 
 
 def probed(**switches: str) -> Probe:
     """What a process finds under these switches, which libraries read at their start."""
     hidden = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "CUDA_VISIBLE_DEVICES")
     plain = {name: value for name, value in os.environ.items() if name not in hidden}
-    command = [sys.executable, "-m", "ideal.precision"]
+    command = [sys.executable, "-m", "ideal.model.precision"]
     environment = plain | {"CUDA_VISIBLE_DEVICES": ""} | switches
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return Probe(**json.loads(ended.stdout))

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ideal.chat import ChatEncoder
-from ideal.config_inputs import MadeModel, Source
-from ideal.model import load_model, load_tokenizer
-from ideal.pretraining import pretrain
+from ideal.config.inputs import MadeModel, Source
+from ideal.data.chat import ChatEncoder
+from ideal.model.base import load_model, load_tokenizer
+from ideal.training.pretraining import pretrain
 
 CORPUS = [Source(reasoning_gym="gcd", size=64, seed=0, options={"min_value": 1, "max_value": 9})]
 MADE = MadeModel(corpus=CORPUS, vocabulary=320, hidden=64, layers=1, batch_examples=16, epochs=2)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ideal.config_file import parse
+from ideal.config.file import parse
+from ideal.config.roots import ROOTS
 from ideal.errors import BadInput
-from ideal.roots import ROOTS
 from tests.service.conftest import tree
 
 Change = Callable[[dict[str, Any], str], object]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ideal.influence import Array
-from ideal.selection import Selection, interval, select
+from ideal.analysis.selection import Selection, interval, select
+from ideal.influence.table import Array
 
 TOKENS = [np.array([2.0, 3.0, 5.0] * 20), np.array([1.0, 4.0] * 10)]
 

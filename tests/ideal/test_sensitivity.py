@@ -9,10 +9,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from ideal.config import EquilibriumConfig
+from ideal.analysis.sensitivity import (
+    Scenario,
+    Start,
+    cosines,
+    flips,
+    half_blocks,
+    on_blocks,
+    resampled_blocks,
+    scenarios,
+)
+from ideal.config.config import EquilibriumConfig
 from ideal.equilibrium import update
-from ideal.influence import InfluenceTable
-from ideal.sensitivity import Scenario, Start, cosines, flips, half_blocks, on_blocks, resampled_blocks, scenarios
+from ideal.influence.table import InfluenceTable
 
 Array = npt.NDArray[np.float64]
 NAMES = ["math", "chat", "code"]

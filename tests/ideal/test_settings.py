@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ideal.config import Config
-from ideal.config_inputs import Section
+from ideal.config.config import Config
+from ideal.config.inputs import Section
 
 FILE = Path(__file__).with_name("settings.txt")
 RENEW = "python -m tests.ideal.test_settings"

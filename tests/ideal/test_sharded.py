@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from ideal.model import load_model
-from ideal.sharded import ShardedTrainer
-from ideal.training import AVERAGE, DAMPING, Trainer, plan, train
+from ideal.model.base import load_model
+from ideal.training.sharded import ShardedTrainer
+from ideal.training.trainer import AVERAGE, DAMPING, Trainer, plan, train
 from tests.ideal.test_training import CPU, FP32, POOLS, VOLUMES
 from tests.tiny import make_model
 from tests.waiting import HANGS

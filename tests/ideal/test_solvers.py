@@ -9,18 +9,18 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from ideal.config import InfluenceConfig
+from ideal.config.config import InfluenceConfig
 from ideal.curvature import kfac
-from ideal.curvature.accumulate import Block
-from ideal.curvature.ekfac import squared_gradients
-from ideal.curvature.exact import GaussNewton, Vectors, conjugate_gradients
-from ideal.curvature.kfac import Eigenbasis, eigenbasis
-from ideal.curvature.layers import input_group
-from ideal.in_process import influence_tables
-from ideal.influence import InfluenceTable, split
-from ideal.products import block_products, set_sums, with_sets
-from ideal.sampled import Sampled, curvature_blocks
-from ideal.solvers import layer_bases, layer_damping, layer_inverse
+from ideal.influence.accumulate import Block
+from ideal.influence.ekfac import squared_gradients
+from ideal.influence.exact import GaussNewton, Vectors, conjugate_gradients
+from ideal.influence.in_process import influence_tables
+from ideal.influence.kfac import Eigenbasis, eigenbasis
+from ideal.influence.layers import input_group
+from ideal.influence.products import block_products, set_sums, with_sets
+from ideal.influence.sampled import Sampled, curvature_blocks
+from ideal.influence.solvers import layer_bases, layer_damping, layer_inverse
+from ideal.influence.table import InfluenceTable, split
 from tests.ideal.dense import (
     DOMAINS,
     REFERENCES,

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ideal.chat import Unusable
-from ideal.config_inputs import Source
+from ideal.config.inputs import Source
+from ideal.data.chat import Unusable
+from ideal.data.sources import messages, rows
 from ideal.errors import BadInput
-from ideal.sources import messages, rows
 
 ROWS = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(5)]
 

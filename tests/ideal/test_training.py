@@ -16,12 +16,23 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ideal.batches import batches
-from ideal.config import SftConfig
-from ideal.examples import ExampleSet
+from ideal.config.config import SftConfig
+from ideal.data.batches import batches
+from ideal.data.examples import ExampleSet
 from ideal.mixture import draw
-from ideal.model import load_model, summed_loss, supervised_logits
-from ideal.training import DAMPING, SNAPSHOTS, Log, Step, Trainer, averaged_steps, example_losses, plan, schedule, train
+from ideal.model.base import load_model, summed_loss, supervised_logits
+from ideal.training.trainer import (
+    DAMPING,
+    SNAPSHOTS,
+    Log,
+    Step,
+    Trainer,
+    averaged_steps,
+    example_losses,
+    plan,
+    schedule,
+    train,
+)
 from tests.ideal.made import example_set, full_loss
 from tests.tiny import make_model
 from tests.waiting import HANGS

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ideal.config_file import load
+from ideal.config.file import load
+from ideal.config.yaml_file import LARGEST, tree_of
 from ideal.errors import BadInput
-from ideal.yaml_file import LARGEST, tree_of
 
 BOMB = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'lol'] * 9)}]" for n in range(12))
 REFUSED = {

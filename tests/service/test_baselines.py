@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from ideal.config import Config
-from service.compare_report import passes_of
+from ideal.config.config import Config
 from service.outcome import Outcome
+from service.reports.compare_report import passes_of
 from service.runs.baseline import baseline
 from service.stages import doge, doremi, merged
 from service.stages.doge import Doge
@@ -61,7 +61,7 @@ def test_proxies_record_what_they_spend(config: Config, base: Path, data: Path, 
 
 
 def test_reference_losses_cost_their_input_tokens(base: Path, data: Path) -> None:
-    from ideal.model import load_model
+    from ideal.model.base import load_model
 
     model = load_model(base / MODEL, torch.float32)
     with counted() as spent:

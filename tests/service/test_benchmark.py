@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import ray
 
-from ideal.config import Config, LoraConfig
-from ideal.config_inputs import BenchmarkConfig
-from service.benchmark import Benchmarks, engines_needed, fits_all, longest_first
-from service.benchmark import engines as engines_of
-from service.cluster import Cluster
+from ideal.config.config import Config, LoraConfig
+from ideal.config.inputs import BenchmarkConfig
+from service.cluster.cluster import Cluster
+from service.cluster.engines import Benchmarks, engines_needed, fits_all, longest_first
+from service.cluster.engines import engines as engines_of
 from tests.waiting import HANGS
 
 SIZES = {"a": 6, "b": 3, "c": 2}
@@ -71,7 +71,7 @@ def test_an_engine_that_broke_is_not_asked_again(
         made.append(Breaking.remote(works=shared or bool(made)))  # type: ignore[attr-defined]
         return made[-1:]
 
-    monkeypatch.setattr("service.benchmark.engines", engines)
+    monkeypatch.setattr("service.cluster.engines.engines", engines)
     broken = [Breaking.remote(works=False)] if shared else []  # type: ignore[attr-defined]
     cluster = Cluster(2, 0, 1, sft_workers=1, sft_cpus=2, influence_workers=1)
     run, progress = Benchmarks(config, cluster, broken), None

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ideal.config import Config
-from ideal.config_file import load
+from ideal.config.config import Config
+from ideal.config.file import load
 from service.cli import guarded
 from service.errors import StageFailed
 from tests.service.conftest import tree
@@ -250,7 +250,7 @@ def test_doctor_says_what_this_machine_has(capsys: pytest.CaptureFixture[str]) -
 def test_doctor_fails_where_a_package_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.doctor.PACKAGES", ("no-such-package",))
+    monkeypatch.setattr("service.runs.doctor.PACKAGES", ("no-such-package",))
     assert guarded(["doctor"]) == 1
     assert "no-such-package is not installed" in capsys.readouterr().out
 
@@ -288,7 +288,7 @@ def test_failures_have_a_status_of_their_own(
     def fails(config: Config, console: object) -> None:
         raise failure
 
-    monkeypatch.setattr("service.run.run", fails)
+    monkeypatch.setattr("service.runs.run.run", fails)
     found, _, errors = ideal()
     assert found == status
     assert word in errors

@@ -8,9 +8,9 @@ import psutil
 import pytest
 import ray
 
-from ideal.config import Config, ResourcesConfig
+from ideal.config.config import Config, ResourcesConfig
 from ideal.errors import BadInput
-from service.cluster import Cluster, Reservation, connect, share
+from service.cluster.cluster import Cluster, Reservation, connect, share
 from tests.waiting import HANGS, until
 
 

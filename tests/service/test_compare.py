@@ -13,11 +13,11 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from ideal.config_file import load
+from ideal.config.file import load
 from ideal.errors import BadInput
-from service import compare_report
-from service.compare import rows, trials_of
 from service.outcome import Outcome, Trials
+from service.reports import compare_report
+from service.runs.compare import rows, trials_of
 from service.stages.benchmark import kept
 from service.store.stage import Record
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from ideal.config import Config
-from ideal.config_file import load
+from ideal.config.config import Config
+from ideal.config.file import load
+from ideal.data.examples import ExampleSet
 from ideal.errors import BadInput
-from ideal.examples import ExampleSet
-from service.cluster import Cluster
+from service.cluster.cluster import Cluster
 from service.runs.mixtures import Inputs
 from service.runs.runner import OnWorkers
 from service.store.layout import reference_file, train_file

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ideal.config import Config
-from ideal.influence import InfluenceTable
+from ideal.config.config import Config
+from ideal.influence.table import InfluenceTable
 from service.outcome import Outcome
 from service.runs.optimisation import optimise
 from service.stages.reference import ReferenceLoss

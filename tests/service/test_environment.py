@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from ideal.config_file import parse
+from ideal.config.file import parse
 from ideal.errors import BadInput
-from service import environment
 from service.cli import guarded
+from service.cluster import environment
 from tests.service.conftest import tree
 
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
@@ -69,10 +69,10 @@ config, folder = read(Path(sys.argv[1]), None), Path(sys.argv[2])
 import torch
 from transformers import AutoConfig
 
-from ideal.chat import ChatEncoder
-from ideal.domains import prepare
-from ideal.model import load_model, load_tokenizer, materialise
-from ideal.training import example_losses
+from ideal.data.chat import ChatEncoder
+from ideal.data.domains import prepare
+from ideal.model.base import load_model, load_tokenizer, materialise
+from ideal.training.trainer import example_losses
 
 materialise(config.model, folder)
 domains = prepare(config, ChatEncoder(load_tokenizer(folder), config.model.max_tokens), [])

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from ideal.config import InfluenceConfig, SftConfig
-from ideal.config_inputs import BenchmarkConfig, DomainConfig, ModelConfig, Source
+from ideal.config.config import InfluenceConfig, SftConfig
+from ideal.config.inputs import BenchmarkConfig, DomainConfig, ModelConfig, Source
 from service.stages import base_model, benchmark, data, examples
 from service.stages.base_model import BaseModel
 from service.stages.benchmark import Benchmark

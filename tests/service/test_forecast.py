@@ -10,13 +10,13 @@ import pytest
 from rich.console import Console
 from transformers import AutoConfig
 
-from ideal.config import Config
-from ideal.config_file import load
+from ideal.config.config import Config
+from ideal.config.file import load
 from ideal.errors import BadInput
-from service.cluster import Cluster
-from service.forecast import forecast, read_bytes, read_work
-from service.memory import Sizes
-from service.times import ABSENT_GPU, Work, seconds
+from service.cluster.cluster import Cluster
+from service.planning.forecast import forecast, read_bytes, read_work
+from service.planning.memory import Sizes
+from service.planning.times import ABSENT_GPU, Work, seconds
 
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
 SHAPES = CONFIGS / "shapes"

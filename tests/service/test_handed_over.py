@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from ideal.config import Config
+from ideal.config.config import Config
 from ideal.errors import BadInput
-from service import handed_over, report
 from service.outcome import Outcome
-from service.tracking import Tracker
+from service.reports import handed_over, report
+from service.reports.tracking import Tracker
 
 
 @pytest.fixture

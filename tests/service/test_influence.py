@@ -12,20 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ideal import lora
-from ideal.config import Config, InfluenceConfig, LoraConfig, SftConfig
-from ideal.curvature.accumulate import accumulate
-from ideal.curvature.layers import input_group
+from ideal.config.config import Config, InfluenceConfig, LoraConfig, SftConfig
+from ideal.data.examples import ExampleSet
 from ideal.errors import BadInput
-from ideal.examples import ExampleSet
-from ideal.in_process import influence_tables
-from ideal.influence import InfluenceTable
+from ideal.influence.accumulate import accumulate
+from ideal.influence.in_process import influence_tables
+from ideal.influence.layers import input_group
+from ideal.influence.sampled import Sampled
+from ideal.influence.table import InfluenceTable
 from ideal.mixture import draw
-from ideal.model import load_model
-from ideal.sampled import Sampled
-from ideal.training import DAMPING
-from service.cluster import Cluster
-from service.partition import by_cost
+from ideal.model import lora
+from ideal.model.base import load_model
+from ideal.training.trainer import DAMPING
+from service.cluster.cluster import Cluster
+from service.planning.partition import by_cost
 from service.stages.influence import Influence
 from service.stages.sample import Sample
 from service.store.layout import MODEL, TABLE, train_file
@@ -43,7 +43,7 @@ TOLERANCE = 1e-3  # of the largest entry: fp32 sums in another order
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    from ideal.config_file import parse
+    from ideal.config.file import parse
     from tests.service.conftest import tree
 
     folder = tmp_path_factory.mktemp("influence")

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from service.interrupts import GOES_ON, RESTARTS
+from service.cluster.interrupts import GOES_ON, RESTARTS
 from tests.waiting import until
 
 BUSY = {
@@ -30,7 +30,7 @@ while True:
 SCRIPT = """
 import ctypes, os, signal, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
-from service import interrupts
+from service.cluster import interrupts
 
 interrupts.guard(["run"])
 print(interrupts.temporary_folder())
@@ -178,7 +178,7 @@ def test_what_it_says_is_true_of_the_command(
     script = f"""
 import signal, threading
 {before}
-from service import interrupts
+from service.cluster import interrupts
 interrupts.guard([{command!r}])
 if {command!r} == "submit":
     interrupts.say("the job goes on")

@@ -9,9 +9,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 
-from ideal.config import Config
+from ideal.config.config import Config
 from service.outcome import Outcome
-from service.tracking import Tracker
+from service.reports.tracking import Tracker
 from tests.mlflow_server import Server, Slow, on_postgres
 from tests.waiting import HANGS
 

@@ -18,10 +18,10 @@ import pytest
 from ray._private import services
 from ray._private.utils import validate_socket_filepath
 
-from ideal.config import Config
+from ideal.config.config import Config
 from ideal.errors import BadInput
-from service import own_ray
-from service.cluster import connect
+from service.cluster import own_ray
+from service.cluster.cluster import connect
 
 LATE = 31
 """Seconds; Ray waits for 30."""
@@ -153,10 +153,10 @@ def test_others_reach_nothing_of_it(home: str, tmp_path: Path) -> None:
     """What Ray makes is writable for all, its ports open to all machines, its token readable in a file."""
     program = """
 import pathlib
-from service import environment
+from service.cluster import environment
 environment.prepare()
 import ray
-from service import own_ray
+from service.cluster import own_ray
 own_ray.start(1, {"log_to_driver": False})
 print(ray._private.worker._global_node.get_session_dir_path())
 ray.get(ray.remote(lambda: None).remote())

@@ -16,16 +16,16 @@ import yaml
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
-from ideal.chat import Example
-from ideal.config import Config, LoraConfig, SftConfig
-from ideal.config_file import load
-from ideal.curvature.layers import layer_shapes, tracked_layers
+from ideal.config.config import Config, LoraConfig, SftConfig
+from ideal.config.file import load
+from ideal.data.chat import Example
+from ideal.data.examples import ExampleSet
 from ideal.errors import BadInput
-from ideal.examples import ExampleSet
-from ideal.training import DAMPING, Trainer
-from service.cluster import Cluster
-from service.memory import GIB, Sizes
-from service.plan import Plan, estimate, filling, layer_blocks, plan
+from ideal.influence.layers import layer_shapes, tracked_layers
+from ideal.training.trainer import DAMPING, Trainer
+from service.cluster.cluster import Cluster
+from service.planning.memory import GIB, Sizes
+from service.planning.plan import Plan, estimate, filling, layer_blocks, plan
 from service.store.layout import MODEL, reference_file, train_file
 from tests.service.conftest import tree
 
@@ -91,7 +91,7 @@ def test_no_worker_is_idle_that_could_take_a_layer_block(fewest: int, taken: int
 
 def test_sft_has_the_memory_of_its_own_workers(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight influence actors share a machine, but one SFT worker has it all."""
-    monkeypatch.setattr("service.plan.psutil.virtual_memory", lambda: SimpleNamespace(total=40 * GIB))
+    monkeypatch.setattr("service.planning.plan.psutil.virtual_memory", lambda: SimpleNamespace(total=40 * GIB))
     many = Cluster(cpus=8, gpus=0, nodes=1, sft_workers=1, sft_cpus=8, influence_workers=8)
     smollm2 = AutoConfig.for_model(
         "llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30, vocab_size=49152, num_attention_heads=9

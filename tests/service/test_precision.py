@@ -14,16 +14,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ideal.config import Config
-from ideal.config_file import parse
+from ideal.config.config import Config
+from ideal.config.file import parse
 from ideal.errors import BadInput
-from ideal.precision import Probe
-from service import precision, sweep
-from service import run as runs
-from service.cluster import Cluster
-from service.names import run_key
-from service.precision import Decision, decide, decided, on_nodes, together
+from ideal.model.precision import Probe
+from service.cluster import precision
+from service.cluster.cluster import Cluster
+from service.cluster.precision import Decision, decide, decided, on_nodes, together
+from service.runs import run as runs
+from service.runs import sweep
 from service.runs.mixtures import Inputs
+from service.store.names import run_key
 from tests.command import Command
 from tests.ray_cluster import add_node, start_head
 from tests.service.conftest import tree
@@ -46,7 +47,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def on(machine: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Go on with the test on such a machine."""
-    monkeypatch.setattr("ideal.precision.probe", lambda: machine)
+    monkeypatch.setattr("ideal.model.precision.probe", lambda: machine)
 
 
 def given(folder: Path, **sections: Any) -> Config:
@@ -193,7 +194,7 @@ def test_a_job_takes_auto_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """`ideal submit` decides nothing: its processor isn't the one that works."""
     from service import submit
 
-    monkeypatch.setattr("ideal.precision.probe", lambda: pytest.fail("this machine was asked"))
+    monkeypatch.setattr("ideal.model.precision.probe", lambda: pytest.fail("this machine was asked"))
     sent: dict[str, Any] = {}
 
     def submit_job(**job: Any) -> None:
@@ -212,7 +213,7 @@ def test_a_node_without_bf16_is_named_by_a_real_cluster(tmp_path: Path) -> None:
     if precision.on_this_machine().best == "fp32":
         pytest.skip("this machine has no bf16 that could be hidden from a node")
     script = (
-        "import sys; from ideal.config_file import load; from service.precision import decide;"
+        "import sys; from ideal.config.file import load; from service.cluster.precision import decide;"
         "print(decide([load(sys.argv[1])], print, begins=True))"
     )
     command = Command(tmp_path, tree(tmp_path))
@@ -251,7 +252,7 @@ def test_the_first_line_says_it_and_only_a_run_that_starts_is_recorded(
             raise BadInput("domains.math.train", "isn't there")
 
     on(SLOW, monkeypatch)
-    monkeypatch.setattr("service.check.before_start", check)
+    monkeypatch.setattr("service.runs.dry_run.before_start", check)
     monkeypatch.setattr(runs, "connect", lambda config: Cluster(2, 0, 1, 1, 2, 2))
     monkeypatch.setattr("ray.shutdown", lambda: None)
     out, config = io.StringIO(), given(tmp_path)

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from service import progress
-from service.progress import Active, Display, Pace, in_words
+from service.cluster import progress
+from service.cluster.progress import Active, Display, Pace, in_words
 
 
 def after(*moments: tuple[float, int], total: int = 30) -> Pace:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from pyarrow.fs import FileSelector, FileType
 
-from ideal.config_file import parse
+from ideal.config.file import parse
 from ideal.errors import BadInput
 from service.store.remote import HERE, Remote, keep_report, remote_of
 from service.store.store import RECORD, WORK, Records, Store

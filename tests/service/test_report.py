@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ideal.config import Config
-from ideal.influence import InfluenceTable
-from service import report
+from ideal.config.config import Config
+from ideal.influence.table import InfluenceTable
 from service.outcome import Outcome
+from service.reports import report
 
 
 def test_a_layer_that_needed_help_is_named(tmp_path: Path, config: Config, outcome: Outcome) -> None:

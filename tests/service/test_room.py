@@ -11,15 +11,16 @@ import pytest
 from rich.console import Console
 from transformers import AutoConfig
 
-from ideal.config import Config
+from ideal.config.config import Config
 from ideal.errors import BadInput
-from service import room, run
-from service.cluster import Cluster
-from service.memory import GIB
+from service.cluster.cluster import Cluster
 from service.outcome import Outcome, Trial
-from service.plan import estimate, worker_memory
+from service.planning import room
+from service.planning.memory import GIB
+from service.planning.plan import estimate, worker_memory
+from service.runs import run
+from service.runs.sweep import run_trials
 from service.store.layout import MODEL
-from service.sweep import run_trials
 
 CLUSTER = Cluster(2, 0, 1, sft_workers=1, sft_cpus=2, influence_workers=1)
 QUIET = Console(quiet=True)
@@ -37,9 +38,9 @@ def config(config: Config, base: Path, monkeypatch: pytest.MonkeyPatch) -> Confi
         raise Started
 
     monkeypatch.setattr("ray.is_initialized", lambda: True)
-    monkeypatch.setattr("service.run.connect", lambda config: CLUSTER)
-    monkeypatch.setattr("service.run.Display", starts)
-    monkeypatch.setattr("service.sweep.Queue", starts)
+    monkeypatch.setattr("service.runs.run.connect", lambda config: CLUSTER)
+    monkeypatch.setattr("service.runs.run.Display", starts)
+    monkeypatch.setattr("service.runs.sweep.Queue", starts)
     return config.model_copy(
         update={"model": config.model.model_copy(update={"source": str(base / MODEL), "max_tokens": 64})}
     )
@@ -73,7 +74,7 @@ def test_a_run_that_fits_starts(config: Config, command: Callable[[Config], None
 def test_too_little_memory_is_said_before_any_stage(
     config: Config, command: Callable[[Config], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.plan.psutil.virtual_memory", lambda: SimpleNamespace(total=2**20))
+    monkeypatch.setattr("service.planning.plan.psutil.virtual_memory", lambda: SimpleNamespace(total=2**20))
     with pytest.raises(BadInput, match="GiB"):
         command(config)
     assert not list(config.root.rglob("stage.json"))
@@ -83,7 +84,7 @@ def test_too_little_memory_is_said_before_any_stage(
 def test_too_small_a_disk_is_said_before_any_stage(
     config: Config, command: Callable[[Config], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.room.shutil.disk_usage", lambda _: SimpleNamespace(free=2**10))
+    monkeypatch.setattr("service.planning.room.shutil.disk_usage", lambda _: SimpleNamespace(free=2**10))
     with pytest.raises(BadInput, match=r"storage: .* GiB are needed"):
         command(config)
     assert not list(config.root.rglob("stage.json"))
@@ -97,7 +98,7 @@ def test_an_influence_that_cannot_be_had_is_no_matter_of_a_method_without_one(
     shapes = AutoConfig.for_model(
         "llama", hidden_size=256, intermediate_size=4096, num_hidden_layers=1, vocab_size=64, num_attention_heads=8
     )
-    monkeypatch.setattr("service.room.shapes_of", lambda _: shapes)
+    monkeypatch.setattr("service.planning.room.shapes_of", lambda _: shapes)
     need = int(estimate(config, shapes, CLUSTER, 64 * GIB).sft * 1.1 / 0.85)
     machine = replace(CLUSTER, memory=need)
     with pytest.raises(BadInput, match=r"influence\.layers"):

@@ -12,12 +12,12 @@ import ray
 from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayTaskError
 from ray.train import ControllerError, WorkerGroupError
 
-from ideal.config import Config
+from ideal.config.config import Config
 from ideal.errors import BadInput
-from service import failures
-from service.cluster import Cluster
+from service.cluster import failures
+from service.cluster.cluster import Cluster
+from service.cluster.failures import lost
 from service.errors import StageFailed
-from service.failures import lost
 from service.runs.runner import OnWorkers
 from service.store.store import Store
 from tests.service.made import Made

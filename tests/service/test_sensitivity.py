@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ideal.config import Config
+from ideal.config.config import Config
 from ideal.equilibrium import update
 from ideal.errors import BadInput
-from service import sensitivity
-from service.names import run_folder
 from service.outcome import Outcome
+from service.runs import sensitivity
+from service.store.names import run_folder
 from tests.service.conftest import iteration
 
 
 @pytest.fixture(autouse=True)
 def recorded(monkeypatch: pytest.MonkeyPatch, outcome: Outcome) -> None:
     """The run is the fixture's: D0, a D1 that was rejected, and D1. Few draws are enough."""
-    monkeypatch.setattr("service.run.replay", lambda config, notice: outcome)
+    monkeypatch.setattr("service.runs.run.replay", lambda config, notice: outcome)
     monkeypatch.setattr(sensitivity, "DRAWS", 20)
 
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ideal.config import ResourcesConfig, SftConfig
-from ideal.config_file import parse
-from ideal.training import AVERAGE
-from service.cluster import Cluster
+from ideal.config.config import ResourcesConfig, SftConfig
+from ideal.config.file import parse
+from ideal.training.trainer import AVERAGE
+from service.cluster.cluster import Cluster
 from service.stages.sft import Sft
 from service.store.layout import MODEL, for_influence
 from service.store.stage import Record

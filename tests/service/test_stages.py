@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ideal.config import Config
+from ideal.config.config import Config
 from ideal.errors import BadInput
 from service.runs.optimisation import optimise
 from service.runs.runner import Recorded

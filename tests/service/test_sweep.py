@@ -11,12 +11,13 @@ import pytest
 from rich.console import Console
 
 from ideal.errors import BadInput
-from service import sweep, sweep_report
-from service.cluster import Cluster
-from service.failures import StageFailed
+from service.cluster.cluster import Cluster
+from service.cluster.failures import StageFailed
 from service.outcome import Outcome, Trials, sweep_key
+from service.reports import sweep_report
+from service.runs import sweep
+from service.runs.sweep import grid
 from service.stages.reference import BY_EXAMPLE
-from service.sweep import grid
 
 
 def test_every_combination_is_a_trial(path: Path) -> None:

@@ -13,10 +13,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
-from ideal.config import Config
-from service import report
+from ideal.config.config import Config
 from service.outcome import Outcome
-from service.tracking import Tracker
+from service.reports import report
+from service.reports.tracking import Tracker
 
 
 @pytest.fixture(scope="session")

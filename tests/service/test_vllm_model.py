@@ -14,14 +14,14 @@ from lm_eval.api.instance import Instance
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ideal import lora
 from ideal.benchmarks.evaluation import evaluate
-from ideal.config import LoraConfig
-from ideal.config_inputs import BenchmarkConfig
+from ideal.config.config import LoraConfig
+from ideal.config.inputs import BenchmarkConfig
 from ideal.errors import BadInput
-from ideal.model import load_model, load_tokenizer
-from ideal.model_files import is_adapter
-from service.vllm_model import VllmModel, reload, start_engine
+from ideal.model import lora
+from ideal.model.base import load_model, load_tokenizer
+from ideal.model.files import is_adapter
+from service.cluster.vllm_model import VllmModel, reload, start_engine
 from tests.tiny import MAX_TOKENS, make_model
 
 QUESTION = "Spell this word backward (example: sun -> nus): quick brown fox jumps over the lazy dog. "

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from ideal.batches import collate
-from ideal.curvature.accumulate import STRIPS, WIDE, Block, FactorSums, sample_labels
-from ideal.curvature.layers import input_group, layer_shapes, record, tracked_layers
+from ideal.data.batches import collate
+from ideal.data.examples import ExampleSet
 from ideal.errors import BadInput
-from ideal.examples import ExampleSet
-from ideal.influence import split
-from ideal.model import supervised_logits
+from ideal.influence.accumulate import STRIPS, WIDE, Block, FactorSums, sample_labels
+from ideal.influence.layers import input_group, layer_shapes, record, tracked_layers
+from ideal.influence.table import split
+from ideal.model.base import supervised_logits
 from tests.ideal.made import MLP, VOCABULARY, example_set, full_loss, llama, run
 
 ATTENTION = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.o_proj"]

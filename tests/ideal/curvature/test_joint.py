@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from ideal.curvature.accumulate import Block
-from ideal.curvature.joint import combination, damping_forms, quadratic_forms
-from ideal.influence import Array
+from ideal.influence.accumulate import Block
+from ideal.influence.joint import combination, damping_forms, quadratic_forms
+from ideal.influence.table import Array
 from tests.ideal.dense import (
     DOMAINS,
     REFERENCES,
@@ -41,8 +41,8 @@ def test_forms_are_the_dense_matrixs(
     model: LlamaForCausalLM, batch_tokens: int, room: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many directions and examples are held at a time."""
-    monkeypatch.setattr("ideal.curvature.joint.DIRECTIONS", room)
-    monkeypatch.setattr("ideal.curvature.joint.TANGENTS", room)
+    monkeypatch.setattr("ideal.influence.joint.DIRECTIONS", room)
+    monkeypatch.setattr("ideal.influence.joint.TANGENTS", room)
     u = random_vectors(model, 3, 1)
 
     def forms(part: list[Block]) -> Array:

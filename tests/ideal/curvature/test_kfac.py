@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ideal.curvature.kfac import RIDGES, Divided, Eigen, curvature, eigenbasis, inverse
+from ideal.influence.kfac import RIDGES, Divided, Eigen, curvature, eigenbasis, inverse
 
 D_OUT, D_IN, SCALE = 5, 7, 2.5
 BOUND = 1e-9
