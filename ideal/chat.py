@@ -8,22 +8,24 @@ the border. Supervised are the answer's tokens and the end token behind it; noth
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from ideal.errors import BadInput
+from ideal.time_limit import in_time
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
-PATIENCE = 120.0
-"""Seconds for a template to write two lines; nested loops in one can take longer than anybody waits."""
+PATIENCE = 30.0
+"""Seconds of processor time for a template to write one row: nested loops in one can take longer than anybody waits."""
+OVERDUE_ROWS = 10
+"""Rows that take longer, until the template is refused."""
 
 
 class Unusable(Exception):
@@ -59,6 +61,7 @@ class ChatEncoder:
         self._special = set(tokenizer.all_special_ids) | set(added)
         self._special_text = sorted({*map(str, tokenizer.all_special_tokens), *added.values()} - {""})
         self._too_long = f"longer than max_tokens ({max_tokens})"
+        self._overdue = 0
         self._check_template()
 
     def encode(self, messages: list[Message]) -> Example:
@@ -68,19 +71,22 @@ class ChatEncoder:
             messages: ``{"role", "content"}`` each; roles system, user, assistant.
 
         Raises:
-            Unusable: empty, malformed, too long, or without anything to learn.
+            Unusable: empty, malformed, too long, without anything to learn, or one that the template takes too long on.
+            BadInput: the template took too long on ``OVERDUE_ROWS`` rows.
         """
         _check(messages, self._special_text)
         if len(messages) > self.max_tokens:  # each takes a token or more, and the template as long as all before it
             raise Unusable(self._too_long)
         ids: list[int] = []
         supervised: list[bool] = []
-        done = ""
+        done, deadline = "", time.thread_time() + PATIENCE
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             try:
-                prompt, answered = self._render(messages[:turn], ask=True), self._render(messages[: turn + 1])
+                prompt, answered = self._render_turn(messages, turn, deadline)
+            except TimeoutError:
+                raise self._gives_up() from None
             except TemplateError:  # roles in another order than it knows, or a system message
                 raise Unusable("the chat template refuses it") from None
             except Exception as error:  # a template can raise anything, and its row is to blame, not the run
@@ -97,6 +103,24 @@ class ChatEncoder:
         if not any(supervised[1:]):
             raise Unusable("no supervised token")
         return Example(ids, supervised, "\n".join(m["content"] for m in messages if m["role"] == "user"))
+
+    def _render_turn(self, messages: list[Message], turn: int, deadline: float) -> tuple[str, str]:
+        """The text up to an answer, and with it.
+
+        Raises:
+            TimeoutError: the template takes until then, as ``in_time`` has it.
+        """
+        return in_time(lambda: (self._render(messages[:turn], ask=True), self._render(messages[: turn + 1])), deadline)
+
+    def _gives_up(self) -> Unusable | BadInput:
+        self._overdue += 1
+        if self._overdue < OVERDUE_ROWS:
+            return Unusable(f"the chat template takes more than {PATIENCE:.0f} s on it")
+        return BadInput(
+            "model.source",
+            f"its chat template takes more than {PATIENCE:.0f} s on each of {self._overdue} rows",
+            "mend the template",
+        )
 
     def _render(self, messages: list[Message], ask: bool = False) -> str:
         text: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
@@ -119,7 +143,7 @@ class ChatEncoder:
         question: list[Message] = [{"role": "user", "content": "Are you there?"}]
         answer: list[Message] = [{"role": "assistant", "content": "Yes."}]
         try:
-            prompt, answered = _in_time(lambda: (self._render(question, ask=True), self._render(question + answer)))
+            prompt, answered = self._render_turn(question + answer, 1, time.thread_time() + PATIENCE)
         except TimeoutError:
             raise BadInput(
                 "model.source", f"its chat template takes more than {PATIENCE:.0f} s for two lines", "mend the template"
@@ -139,30 +163,6 @@ class ChatEncoder:
                 "its chat template ends an answer without an end token, so the model would never learn to stop",
                 "set model.chat_template to a template that writes the end token",
             )
-
-
-def _in_time(work: Callable[[], tuple[str, str]]) -> tuple[str, str]:
-    """What some work gives, in ``PATIENCE`` seconds.
-
-    Raises:
-        TimeoutError: it takes longer; it goes on in a thread that doesn't keep the process from ending.
-    """
-    found: list[tuple[str, str] | Exception] = []
-
-    def keep() -> None:
-        try:
-            found.append(work())
-        except Exception as error:
-            found.append(error)
-
-    thread = threading.Thread(target=keep, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    if not found:
-        raise TimeoutError
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
 
 
 def _check(messages: list[Message], special: list[str]) -> None:
