@@ -1,4 +1,4 @@
-"""A GCS that is away for a moment is waited for; one that is gone ends the command. tests/end_to_end kills a real one."""
+"""A GCS that is away for a moment is waited for; one that is gone ends the command (end_to_end kills a real one)."""
 
 from __future__ import annotations
 
