@@ -9,13 +9,13 @@ turns (drops their thoughts), no one text holds all answers as they were asked f
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from ideal.data.time_limit import in_time
 from ideal.errors import BadInput
 
 if TYPE_CHECKING:
@@ -26,8 +26,10 @@ Message = dict[str, Any]
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """What an answer's thoughts are called beside its content."""
 ROLES = ("system", "user", "assistant")
-PATIENCE = 120.0
-"""Seconds for a template to write two lines; nested loops in one can take longer than anybody waits."""
+PATIENCE = 30.0
+"""Seconds of processor time for a template to write one row: nested loops in one can take longer than anybody waits."""
+OVERDUE_ROWS = 10
+"""Rows that take longer, until the template is refused."""
 
 
 class Unusable(Exception):
@@ -66,6 +68,7 @@ class ChatEncoder:
         self._special = set(tokenizer.all_special_ids) | set(added)
         self._special_text = sorted({*map(str, tokenizer.all_special_tokens), *added.values()} - {""})
         self._too_long = f"longer than max_tokens ({max_tokens})"
+        self._overdue = 0
         self._check_template()
 
     def encode(self, messages: list[Message]) -> list[Example]:
@@ -75,7 +78,9 @@ class ChatEncoder:
             messages: roles system, user, assistant.
 
         Raises:
-            Unusable: empty, malformed, too long, without anything to learn, or with thoughts that the template drops.
+            Unusable: empty, malformed, too long, without anything to learn, with thoughts that the template drops, or
+                one that the template takes too long on.
+            BadInput: the template took too long on ``OVERDUE_ROWS`` rows.
         """
         _check(messages, self._special_text)
         if len(messages) > self.max_tokens:  # each takes a token or more, and the template as long as all before it
@@ -84,11 +89,14 @@ class ChatEncoder:
         ids: list[int] = []
         supervised: list[bool] = []
         done = after = first = 0  # ids up to the last end token, turns up to it, and the example's first answer
+        deadline = time.thread_time() + PATIENCE
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             try:
-                prompt, answered = self._render(messages[:turn], ask=True), self._render(messages[: turn + 1])
+                prompt, answered = self._render_turn(messages, turn, deadline)
+            except TimeoutError:
+                raise self._gives_up() from None
             except TemplateError:  # roles in another order than it knows, or a system message
                 raise Unusable("the chat template refuses it") from None
             except Exception as error:  # a template can raise anything, and its row is to blame, not the run
@@ -115,6 +123,24 @@ class ChatEncoder:
         if not found:
             raise Unusable("no supervised token")
         return found
+
+    def _render_turn(self, messages: list[Message], turn: int, deadline: float) -> tuple[str, str]:
+        """The text up to an answer, and with it.
+
+        Raises:
+            TimeoutError: the template takes until then, as ``in_time`` has it.
+        """
+        return in_time(lambda: (self._render(messages[:turn], ask=True), self._render(messages[: turn + 1])), deadline)
+
+    def _gives_up(self) -> Unusable | BadInput:
+        self._overdue += 1
+        if self._overdue < OVERDUE_ROWS:
+            return Unusable(f"the chat template takes more than {PATIENCE:.0f} s on it")
+        return BadInput(
+            "model.source",
+            f"its chat template takes more than {PATIENCE:.0f} s on each of {self._overdue} rows",
+            "mend the template",
+        )
 
     def _render(self, messages: list[Message], ask: bool = False) -> str:
         text: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
@@ -148,7 +174,7 @@ class ChatEncoder:
         question: list[Message] = [{"role": "user", "content": "Are you there?"}]
         answer: list[Message] = [{"role": "assistant", "content": "Yes."}]
         try:
-            prompt, answered = _in_time(lambda: (self._render(question, ask=True), self._render(question + answer)))
+            prompt, answered = self._render_turn(question + answer, 1, time.thread_time() + PATIENCE)
         except TimeoutError:
             raise BadInput(
                 "model.source", f"its chat template takes more than {PATIENCE:.0f} s for two lines", "mend the template"
@@ -170,30 +196,6 @@ class ChatEncoder:
                 "set model.chat_template to a template that writes the end token",
             )
         self.end_token, self._tail_specials = ends[0], len(ends)
-
-
-def _in_time(work: Callable[[], tuple[str, str]]) -> tuple[str, str]:
-    """What some work gives, in ``PATIENCE`` seconds.
-
-    Raises:
-        TimeoutError: it takes longer; it goes on in a thread that doesn't keep the process from ending.
-    """
-    found: list[tuple[str, str] | Exception] = []
-
-    def keep() -> None:
-        try:
-            found.append(work())
-        except Exception as error:
-            found.append(error)
-
-    thread = threading.Thread(target=keep, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    if not found:
-        raise TimeoutError
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
 
 
 def _examples(ids: list[int], supervised: list[bool], messages: list[Message], first: int) -> list[Example]:

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from ideal.config.config import Config, ResourcesConfig
 from ideal.errors import BadInput
+from service.cluster import joined_ray
 from service.cluster.own_ray import start
 from service.errors import in_a_line
 
@@ -149,6 +150,7 @@ def _join(address: str, options: dict[str, Any]) -> None:
             f"no Ray answers at {address}: {in_a_line(error)}",
             "check `ray status`, or leave the address out",
         ) from None
+    joined_ray.watch()
 
 
 def local(config: Config) -> Cluster:

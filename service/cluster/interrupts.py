@@ -5,7 +5,8 @@ is two processes: one that works, and one above it that only waits for signals a
 interrupt whatever the worker does, says one line, and kills the worker and all that it has started. The worker blocks
 these signals, so that no library's handler runs: Ray's prints a C++ stack, Tune's lets its trials go on.
 
-A worker that can't go on for want of what it started asks for another (``begin_again``).
+A worker that can't go on for want of what it started asks for another (``begin_again``); one for want of what others
+started asks to be ended (``give_up``).
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ GOES_ON = "stopped; the same command goes on from the last finished stage"
 RESTARTS = 3
 """Of one command by ``begin_again``."""
 ASKS = signal.SIGUSR1
-"""What a worker asks its guard with."""
+"""What a worker asks its guard with for another."""
+ENDS = signal.SIGUSR2
+"""And for its end."""
+GIVEN_UP = 2
+"""The exit status then, which is that of bad input."""
 SHORT = "/tmp"
 """Where a path is short, whatever TMPDIR says."""
 PATIENCE = 60
@@ -54,7 +59,7 @@ def guard(arguments: list[str]) -> None:
     asked = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     taken = {number for number in asked if signal.getsignal(number) != signal.SIG_IGN}
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {*taken, signal.SIGCHLD, ASKS})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*taken, signal.SIGCHLD, ASKS, ENDS})
     this = os.getpid()
     for _ in range(RESTARTS + 1):
         say(GOES_ON if arguments and arguments[0] in STAGED else "stopped")
@@ -63,14 +68,14 @@ def guard(arguments: list[str]) -> None:
             break
         status = _watch(worker, taken)
         if status != 128 + ASKS:
-            os._exit(status)
+            os._exit(GIVEN_UP if status == 128 + ENDS else status)
     else:
         os._exit(1)
     _guarded = True
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != this:
         os._exit(1)  # it died before this one was bound to it
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD, ASKS})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD, ASKS, ENDS})
     os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, taken))
 
 
@@ -82,10 +87,25 @@ def begin_again(line: str) -> None:
     Args:
         line: what is said then.
     """
+    _ask(ASKS, line)
+
+
+def give_up(line: str) -> None:
+    """End this process and all that it started, with the status ``GIVEN_UP``.
+
+    Returns where nothing guards this process.
+
+    Args:
+        line: what is said then.
+    """
+    _ask(ENDS, line)
+
+
+def _ask(number: signal.Signals, line: str) -> None:
     if not _guarded:
         return
     say(line)
-    os.kill(os.getppid(), ASKS)
+    os.kill(os.getppid(), number)
     while True:
         time.sleep(1)
 
@@ -113,7 +133,7 @@ def _prefix(worker: int) -> str:
 def _watch(worker: int, taken: set[signal.Signals]) -> int:
     """The exit status, once the worker has ended or a signal has come."""
     while True:
-        number = signal.sigwait({*taken, signal.SIGCHLD, ASKS})
+        number = signal.sigwait({*taken, signal.SIGCHLD, ASKS, ENDS})
         if number != signal.SIGCHLD:
             break
         ended, status = os.waitpid(worker, os.WNOHANG)

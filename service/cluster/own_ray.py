@@ -20,7 +20,7 @@ from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants, services, worker
 
 from ideal.errors import BadInput
-from service.cluster import interrupts
+from service.cluster import interrupts, joined_ray
 from service.errors import in_a_line
 
 PATIENCE = 600
@@ -78,8 +78,12 @@ def start(cpus: int, options: dict[str, Any]) -> None:
 
 
 def stop() -> None:
-    """End the Ray that this process has started or joined. What failed because it was dead begins again."""
+    """End the Ray that this process has started, or leave the one that it has joined.
+
+    What failed because it was dead begins again, or ends the command.
+    """
     begin_again_if_dead()
+    joined_ray.wait_while_gone()
     with _looking:
         ray.shutdown()
 

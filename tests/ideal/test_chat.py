@@ -24,6 +24,9 @@ HARMONY = CHAT_TEMPLATE.replace(
 )
 PICKY = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT_TEMPLATE
 
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLING = "{% macro twice(n) %}{% if n %}{{ twice(n - 1) }}{{ twice(n - 1) }}{% endif %}{% endmacro %}{{ twice(60) }}"
+
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -100,10 +103,39 @@ def test_a_talk_of_more_turns_than_tokens_is_not_rendered(
 
 
 def test_a_template_that_loops_is_given_up(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer.chat_template = "{% for a in range(2000) %}{% for b in range(2000) %}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = ENDLESS
     monkeypatch.setattr(chat, "PATIENCE", 0.01)
     with pytest.raises(BadInput, match="takes more than 0 s for two lines"):
         ChatEncoder(tokenizer, 50)
+
+
+@pytest.mark.parametrize("endless", [ENDLESS, DOUBLING], ids=["loops", "calls itself"])
+def test_a_row_that_the_template_loops_on_is_given_up(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, endless: str
+) -> None:
+    """It alone, in whatever turn; what comes behind it is encoded as ever."""
+    tokenizer.chat_template = f"{{% if messages[-1]['content'] == 'loop' %}}{endless}{{% endif %}}" + CHAT_TEMPLATE
+    encoder = ChatEncoder(tokenizer, 512)
+    whole = encoder.encode(TALK)
+    with monkeypatch.context() as impatient:
+        impatient.setattr(chat, "PATIENCE", 0.01)
+        with pytest.raises(Unusable, match=r"^the chat template takes more than 0 s on it$"):
+            encoder.encode([*TALK, {"role": "user", "content": "loop"}, TALK[2]])
+    assert encoder.encode(TALK) == whole
+
+
+def test_a_template_that_loops_on_many_rows_is_given_up(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes its time; a data set of them would take years."""
+    encoder = ChatEncoder(tokenizer, 512)
+    encoder.tokenizer.chat_template = ENDLESS
+    monkeypatch.setattr(chat, "PATIENCE", 0.01)
+    monkeypatch.setattr(chat, "OVERDUE_ROWS", 2)
+    with pytest.raises(Unusable):
+        encoder.encode(TALK)
+    with pytest.raises(BadInput, match=r"model.source.*takes more than 0 s on each of 2 rows"):
+        encoder.encode(TALK)
 
 
 def test_an_answer_of_exactly_the_limit_is_used(tokenizer: PreTrainedTokenizerFast) -> None:

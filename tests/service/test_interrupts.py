@@ -128,6 +128,14 @@ interrupts.begin_again("Ray's raylet has ended")
     assert not started.living
 
 
+def test_what_gives_up_ends_as_bad_input_does(marker: str) -> None:
+    started = Started("interrupts.give_up('the cluster is gone')", marker)
+    _, errors = started.process.communicate()
+    assert (started.process.returncode, errors) == (2, "the cluster is gone\n")
+    psutil.wait_procs(started.living)
+    assert not started.living
+
+
 def test_a_command_that_began_again_can_be_interrupted(marker: str, tmp_path: Path) -> None:
     doing = f"""
 import pathlib
