@@ -1,6 +1,7 @@
 """A config as it takes effect, written as YAML that can be read again, with the origin of each value beside it.
 
-Paths are absolute, as ``ideal.config.file`` makes them, so the text means the same wherever it lies.
+Paths are absolute, as ``ideal.config.file`` makes them, so the text means the same wherever it lies; `storage` alone
+is taken from the working directory where it is relative, in the text as in the file.
 """
 
 from __future__ import annotations

@@ -235,6 +235,21 @@ def test_a_dry_run_counts_what_benchmarks_ask_too(ideal: Console) -> None:
     assert "0 rows rejected, " in out
 
 
+def test_a_config_that_is_shown_can_be_read_again(ideal: Console) -> None:
+    ideal.tree["domains"][0]["train"] = {"files": ["train.jsonl"]}
+    path, printed = ideal.folder / "config.yaml", ideal.folder / "store" / "printed.yaml"
+    path.write_text(yaml.safe_dump(ideal.tree))
+    assert guarded(["config", str(path), "--set", "seed=7"]) == 0
+    printed.parent.mkdir()
+    printed.write_text(ideal.capsys.readouterr().out)
+    assert load(printed) == load(path, ["seed=7"])
+
+
+def test_no_config_to_show_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert guarded(["config"]) == 2
+    assert "no file is named" in capsys.readouterr().err
+
+
 def test_the_template_names_fields_that_exist() -> None:
     """Its files are the user's, its fields are ours."""
     assert load(CONFIGS / "your-data.yaml").name == "my-mixture"

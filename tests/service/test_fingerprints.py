@@ -57,37 +57,37 @@ PROXY: dict[str, Any] = {"sft": SFT, "volumes": VOLUMES, "seed": 0, "base": BASE
 STAGES: dict[str, tuple[Stage[Any], str]] = {
     "model": (
         BaseModel(model=base_model.identified(ModelConfig(source="someone/model", revision="main"), checksum)),
-        "",
+        "c313fb9f428d2d4a8aaf",
     ),
     "examples": (
         Examples(domains=examples.identified(DOMAINS, checksum), max_tokens=256, base=BASE),
-        "",
+        "f488b849f5ed4c44f794",
     ),
-    "data": (Data(benchmarks=data.identified([ASKED], checksum), examples=of("examples")), ""),
-    "sft": (Sft(averaged=0.5, **PROXY), ""),
-    "reference": (ReferenceLoss(precision="fp32", model=THETA, data=DATA), ""),
+    "data": (Data(benchmarks=data.identified([ASKED], checksum), examples=of("examples")), "f8c0d51beb13e55a333e"),
+    "sft": (Sft(averaged=0.5, **PROXY), "53d546face24526034f4"),
+    "reference": (ReferenceLoss(precision="fp32", model=THETA, data=DATA), "b93e2a83cc1f91e94f13"),
     "influence": (
         Influence(influence=INFLUENCE, lora=None, volumes=VOLUMES, seed=0, model=THETA, data=DATA),
-        "",
+        "f7b57ad72c85c8c937e5",
     ),
     "benchmark": (
         Benchmark(benchmark=benchmark.identified(ASKED, checksum), max_tokens=256, seed=0, model=THETA),
-        "",
+        "6066a2d5146878f36c77",
     ),
-    "retraining": (Retraining(averaged=0.0, keep=False, **PROXY), ""),
+    "retraining": (Retraining(averaged=0.0, keep=False, **PROXY), "addb6c7dfc177b016704"),
     "prediction": (
         Prediction(influence=INFLUENCE, volumes=VOLUMES, seed=0, trained=of("retraining"), data=DATA),
-        "",
+        "d0932e5eb1fe01c2265c",
     ),
-    "doremi": (DoReMi(rate=1.0, smoothing=0.001, reference=THETA, **PROXY), ""),
-    "doge": (Doge(drive=1.0, wanted=[0.5, 0.5], **PROXY), ""),
+    "doremi": (DoReMi(rate=1.0, smoothing=0.001, reference=THETA, **PROXY), "efbed79a94e6e5d5d7a3"),
+    "doge": (Doge(drive=1.0, wanted=[0.5, 0.5], **PROXY), "5dabce45bf107b3a048a"),
     "merged": (
         Merged(models=[THETA, THETA], shares=[[0.5, 0.5]], precision="fp32", **PROXY),
-        "",
+        "16b3fce03c6e8f1ef2ab",
     ),
     "regmix": (
         RegMix(problem=Identified(None, {"seed": 0}), mixtures=[VOLUMES], runs=[of("retraining")]),  # type: ignore[arg-type]
-        "",
+        "714d3299dc107f6eeb3e",
     ),
 }
 
