@@ -1,6 +1,7 @@
 """From a model and a sample of blocks to the influence table, by any solver, in one process.
 
-``service.influence`` does the same on many workers, through files; `exact`, a reference for the others, is here alone.
+``service.stages.influence`` does the same on many workers, through files; `exact`, a reference for the others, is here
+alone.
 """
 
 from __future__ import annotations

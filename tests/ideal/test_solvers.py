@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from ideal.config.config import InfluenceConfig
-from ideal.curvature import kfac
+from ideal.influence import kfac
 from ideal.influence.accumulate import Block
 from ideal.influence.ekfac import squared_gradients
 from ideal.influence.exact import GaussNewton, Vectors, conjugate_gradients
