@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -22,6 +23,8 @@ from ideal.errors import BadInput
 from service.cluster import joined_ray
 from service.cluster.own_ray import start
 from service.errors import in_a_line
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -205,15 +208,18 @@ class Reservation:
 
 
 def on_one_worker(
-    task: Any,
+    work: Callable[..., T],
     *arguments: Any,
     cluster: Cluster,
     seconds: int,
     what: str,
     cpus: int | None = None,
     retries: int = 3,
-) -> Any:
-    """What a Ray task returns on one worker.
+) -> T:
+    """What ``work(*arguments)`` returns in a Ray task on one worker.
+
+    A GPU's process ends with the task: else it would hold the GPU's memory, and go on with this GPU when it is given
+    another. Ray does so by itself only where a task asks for its GPU in its decorator.
 
     Args:
         seconds, what: as ``Reservation`` has them.
@@ -225,13 +231,15 @@ def on_one_worker(
     """
     bundle = cluster.per_worker(cpus or cluster.sft_cpus)
     with Reservation([bundle], seconds, what) as reserved:
-        placed = task.options(
+        placed = ray.remote(
             num_cpus=bundle["CPU"],
             num_gpus=bundle.get("GPU", 0),
+            max_calls=1 if cluster.gpus else 0,
             max_retries=retries,
             scheduling_strategy=PlacementGroupSchedulingStrategy(reserved),
-        )
-        return ray.get(placed.remote(*arguments))
+        )(work)
+        found: T = ray.get(placed.remote(*arguments))
+        return found
 
 
 def _list(resources: dict[str, float]) -> str:

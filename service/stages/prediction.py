@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-import ray
-
 from ideal.config.config import InfluenceConfig
 from service.cluster.progress import Reporter
 from service.stages.workers import Workers
@@ -38,11 +36,9 @@ class Prediction(Stage[PredictionResult]):
 
     def run(self, folder: Path, on: Workers) -> PredictionResult:
         tokens = on.resources.batch_tokens
-        found: PredictionResult = on.one(_predict, self, folder, tokens, on.progress, what="predictions", cpus=1)
-        return found
+        return on.one(_predict, self, folder, tokens, on.progress, what="predictions", cpus=1)
 
 
-@ray.remote
 def _predict(stage: Prediction, folder: Path, batch_tokens: int, progress: Reporter) -> PredictionResult:
     import torch
     from safetensors.torch import load_file

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
 import numpy as np
-import ray
 
 from ideal.config.config import ResourcesConfig, SftConfig
 from ideal.costs import PASSES
@@ -95,12 +94,11 @@ def on_a_worker(on: Workers, work: Callable[..., R], stage: Proxy, *arguments: A
         what: the stage, for errors.
     """
     here = Here(on.resources, on.progress)
-    found: R = on.one(_task, work, on.cluster.sft_cpus, stage.seed, stage, *arguments, here, what=what)
+    found: R = on.one(_seeded, work, on.cluster.sft_cpus, stage.seed, stage, *arguments, here, what=what)
     return found
 
 
-@ray.remote
-def _task(work: Callable[..., R], cpus: int, seed: int, *arguments: Any) -> R:
+def _seeded(work: Callable[..., R], cpus: int, seed: int, *arguments: Any) -> R:
     import torch
 
     from ideal.model.base import device

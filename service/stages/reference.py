@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-import ray
-
 from ideal.config.config import Precision
 from ideal.costs import FORWARD, PASSES, input_tokens
 from ideal.data.examples import ExampleSet
@@ -52,12 +50,11 @@ class ReferenceLoss(Stage[dict[str, SetLoss]]):
     def run(self, folder: Path, on: Workers) -> dict[str, SetLoss]:
         arguments = (self.model.folder / MODEL, self.data.folder, list(self.data.result), self.precision)
         cpus, tokens = on.cluster.sft_cpus, on.resources.batch_tokens
-        found: Losses = on.one(_losses, *arguments, tokens, cpus, on.progress, what="reference loss")
+        found = on.one(_losses, *arguments, tokens, cpus, on.progress, what="reference loss")
         (folder / BY_EXAMPLE).write_text(json.dumps(found))
         return means(found, self.data.folder)
 
 
-@ray.remote
 def _losses(
     model_folder: Path,
     data: Path,

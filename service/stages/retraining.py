@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from ideal.config.config import ResourcesConfig, SftConfig
 from ideal.costs import PASSES, TRAINING
 from ideal.data.examples import ExampleSet
@@ -44,20 +42,13 @@ class Retraining(Stage[dict[str, Any]]):
     data: Record[Any]
 
     def run(self, folder: Path, on: Workers) -> dict[str, Any]:
-        found: dict[str, Any] = on.one(
-            _train, self, folder if self.keep else None, on.resources, on.progress, what="retrainings", cpus=1
-        )
-        return found
+        keep = folder if self.keep else None
+        return on.one(train_here, self, keep, on.resources, on.progress, what="retrainings", cpus=1)
 
 
 def losses_after(record: Record[Mapping[str, Any]]) -> dict[str, float]:
     """Each reference set's loss (nats per token) after a training."""
     return {name: row["loss"] for name, row in record.result.items() if name != TRAINED}
-
-
-@ray.remote
-def _train(stage: Retraining, keep: Path | None, resources: ResourcesConfig, progress: Reporter) -> dict[str, Any]:
-    return train_here(stage, keep, resources, progress)
 
 
 def train_here(stage: Retraining, keep: Path | None, resources: ResourcesConfig, progress: Reporter) -> dict[str, Any]:

@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-import ray
-
 from ideal.config.config import SftConfig
 from ideal.costs import PASSES, TRAINING
 from service.cluster.cluster import Cluster
@@ -120,7 +118,6 @@ def _group(task: dict[str, Any], cluster: Cluster) -> None:
     ).fit()
 
 
-@ray.remote
 def _train_here(task: dict[str, Any]) -> None:
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+import tempfile
 
 import psutil
 import pytest
@@ -138,3 +141,25 @@ def test_a_reservation_is_given_back() -> None:
         with Reservation([{"CPU": 1}] * 2, HANGS, "influence") as group:
             assert group.bundle_count == 2
     until(lambda: ray.available_resources().get("CPU") == 2, ray.available_resources)
+
+
+THREE_TASKS = """
+import os, sys, ray
+from service.cluster.cluster import Cluster, on_one_worker
+
+def process():
+    return os.getpid()
+
+ray.init(address="local", num_cpus=1, num_gpus=1, include_dashboard=False, _temp_dir=sys.argv[1], logging_level="ERROR")
+cluster = Cluster(cpus=1, gpus=1, nodes=1, sft_workers=1, sft_cpus=1, influence_workers=1)
+pids = [on_one_worker(process, cluster=cluster, seconds=int(sys.argv[2]), what="a test") for _ in range(3)]
+print(len(set(pids)))
+"""
+
+
+def test_a_gpus_process_ends_with_its_task() -> None:
+    """One that went on would hold its GPU's memory, and compute on that GPU whichever it is given next."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        command = [sys.executable, "-c", THREE_TASKS, folder, str(HANGS)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["3"], done.stderr
