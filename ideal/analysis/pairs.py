@@ -11,7 +11,7 @@ the others hurt it by taking that one's place. A domain's effect on its own set 
 Intervals come from the bootstrap (``InfluenceTable.resampled``), each resample centred and scaled in the same way.
 Among the M·(R − 1) pairs some would look real by luck: Benjamini and Hochberg (1995) keep the expected share of false
 ones among those named below a rate. Where four domains differed by noise alone (rate 0.1, 150 tables of the kind in
-tests/ideal/test_pairs.py), 0, 7 and 14 % of the tables with 4, 8 and 16 blocks named a pair.
+tests/ideal/analysis/test_pairs.py), 0, 7 and 14 % of the tables with 4, 8 and 16 blocks named a pair.
 """
 
 from __future__ import annotations

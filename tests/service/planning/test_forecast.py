@@ -18,7 +18,7 @@ from service.planning.forecast import forecast, read_bytes, read_work
 from service.planning.memory import Sizes
 from service.planning.times import ABSENT_GPU, Work, seconds
 
-CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "jobs" / "configs"
 SHAPES = CONFIGS / "shapes"
 EIGHT = Cluster(cpus=64, gpus=8, nodes=1, sft_workers=8, sft_cpus=1, influence_workers=8)
 WORK = Work([1000, 3000], 400, 256)

@@ -14,7 +14,7 @@ from ideal.config.file import load, parse
 from ideal.config.inputs import Section
 from ideal.errors import BadInput
 
-CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
+CONFIGS = Path(__file__).parents[3] / "jobs" / "configs"
 
 
 def tree(**more: Any) -> dict[str, Any]:

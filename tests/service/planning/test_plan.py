@@ -202,7 +202,7 @@ def test_memory_is_within_15_percent_of_what_is_measured(tmp_path: Path) -> None
         folders.append(str(folder))
     done = subprocess.run(
         [sys.executable, "-m", "tests.service.peak", *folders],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,

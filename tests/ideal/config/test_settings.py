@@ -1,6 +1,6 @@
 """The settings that a user sees are those of ``settings.txt``: none comes, goes or changes its name unnoticed.
 
-``python -m tests.ideal.test_settings`` renews that file.
+``python -m tests.ideal.config.test_settings`` renews that file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ideal.config.config import Config
 from ideal.config.inputs import Section
 
 FILE = Path(__file__).with_name("settings.txt")
-RENEW = "python -m tests.ideal.test_settings"
+RENEW = "python -m tests.ideal.config.test_settings"
 
 
 def parts(annotation: Any) -> Iterator[Any]:

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from ideal.model.base import load_model
 from ideal.training.sharded import ShardedTrainer
 from ideal.training.trainer import AVERAGE, DAMPING, Trainer, plan, train
-from tests.ideal.test_training import CPU, FP32, POOLS, VOLUMES
+from tests.ideal.training.test_trainer import CPU, FP32, POOLS, VOLUMES
 from tests.tiny import make_model
 from tests.waiting import HANGS
 
 AVERAGED = 0.6
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def worker(rank: int, world: int, folder: Path, base: Path, stops: int, starts: Path | None) -> None:
@@ -52,7 +52,7 @@ def run(folder: Path, base: Path, world: int = 2, stops: int = 100, starts: Path
     code = """
 import sys
 from pathlib import Path
-from tests.ideal.test_sharded import worker
+from tests.ideal.training.test_sharded import worker
 rank, world, folder, base, stops, starts = sys.argv[1:]
 worker(int(rank), int(world), Path(folder), Path(base), int(stops), Path(starts) if starts else None)
 """

@@ -147,10 +147,10 @@ def test_two_workers_are_one(base: Path, tmp_path: Path) -> None:
     code = f"""
 import torch
 from pathlib import Path
-from tests.ideal.test_training import worker
+from tests.ideal.training.test_trainer import worker
 torch.save(worker(1, Path({str(tmp_path)!r}), Path({str(base)!r})), {str(tmp_path / "second.pt")!r})
 """
-    second = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    second = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[3])
     try:
         found = [worker(0, tmp_path, base)]
         assert second.wait(HANGS) == 0

@@ -395,7 +395,7 @@ def small(folder):
     return {"bytes": 2**19}
 print("recorded:", store.run(stage, small).result)
 """
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 WAYS = ["python", "safetensors", "torch", "checkpoint", "numpy"]
 
 

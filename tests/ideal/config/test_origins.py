@@ -13,8 +13,8 @@ from jsonschema import Draft202012Validator
 from ideal.config.config import Config
 from ideal.config.file import load
 from ideal.config.origins import AUTO, schema, with_origins
-from tests.ideal.test_config import CONFIGS, sections, tree
-from tests.ideal.test_settings import parts
+from tests.ideal.config.test_config import CONFIGS, sections, tree
+from tests.ideal.config.test_settings import parts
 
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 Tree = dict[str, Any]

@@ -24,7 +24,7 @@ from service.cli import guarded
 from service.cluster import environment
 from tests.service.conftest import tree
 
-CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
+CONFIGS = Path(__file__).resolve().parents[3] / "jobs" / "configs"
 HEAVY = ("ray", "torch", "transformers", "pydantic", "numpy", "mlflow", "datasets", "vllm", "requests")
 
 WATCHED = """
