@@ -115,5 +115,5 @@ def test_a_set_smaller_than_its_blocks(tmp_path: Path, blocks: int, references: 
 
 def test_progress_names_every_domain(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    list(encoded(config(tmp_path, questions("a", 3)), ENCODER, lambda *told_now: told.append(told_now)))
+    list(encoded(config(tmp_path, questions("a", 3)).domains, ENCODER, lambda *told_now: told.append(told_now)))
     assert told == [("a", 0, 2), ("b", 1, 2)]
