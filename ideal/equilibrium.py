@@ -13,7 +13,8 @@ and an *example* of domain j is worth, beside the others whose place it takes,
 
 c, the *dilution*, is 1 for gradient descent on the batch's mean loss: a domain of long examples takes weight from the
 others. AdamW divides by the root of the mean squared gradient. Where a batch is mostly noise that root grows with √T,
-whatever the loss was divided by, and c is ½; `ideal fidelity` finds that to be nearer to what retraining does.
+whatever the loss was divided by, and c is ½ (``DILUTION``); `ideal fidelity` finds that to be nearer to what
+retraining does.
 
 That root also grows faster with tokens whose gradients are large. With ρ_j the mean squared gradient of domain j's
 tokens over that of the mixture's, weight by weight, and x the direction along which a reference loss falls
@@ -46,6 +47,9 @@ from ideal.errors import BadInput
 from ideal.mixture import round_volumes
 
 Array = npt.NDArray[np.float64]
+
+DILUTION = 0.5
+"""c of AdamW, which every SFT here is by."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def update(
         confidence: level of the intervals.
     """
     value, cloud = (
-        values(a, crowding, volumes, tokens_per_example, config.rule, config.dilution) for a in (influence, resampled)
+        values(a, crowding, volumes, tokens_per_example, config.rule, DILUTION) for a in (influence, resampled)
     )
     tail = (1 - confidence) / 2
     low, high = np.quantile(cloud, [tail, 1 - tail], axis=0)

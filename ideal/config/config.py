@@ -75,12 +75,9 @@ class InfluenceConfig(Section):
         "`exact`: the curvature of all tracked layers together, by conjugate gradients in one process.",
     )
     joint: bool = Field(
-        True, description="Combine the layers' solutions anew, under the curvature of all of them together."
-    )
-    span: Literal["mixed", "solver"] = Field(
-        "mixed",
-        description="What `joint` combines: `solver`: its solutions for all sets. `mixed`: its solutions for the "
-        "reference sets, and for the domains what the optimiser's own diagonal makes of their gradients.",
+        True,
+        description="Combine the layers' solutions anew, under the curvature of all of them together: the solver's for "
+        "the reference sets, and for the domains what the optimiser's own diagonal makes of their gradients.",
     )
     averaged: float = Field(
         0.67,
@@ -130,8 +127,11 @@ class InfluenceConfig(Section):
     )
 
     def of_the_table(self) -> dict[str, Any]:
-        """The settings that an influence table depends on; the others are of its intervals."""
-        return self.model_dump(mode="json", exclude={"confidence", "resamples", "widening"})
+        """The settings that an influence table depends on; the others are of its intervals, or of `exact` alone."""
+        other = {"confidence", "resamples", "widening"}
+        return self.model_dump(
+            mode="json", exclude=other if self.solver == "exact" else other | {"products", "residual"}
+        )
 
     @model_validator(mode="after")
     def _no_block_is_empty(self) -> InfluenceConfig:
@@ -150,13 +150,6 @@ class EquilibriumConfig(Section):
         "macro", description="Mean over reference sets, or over their supervised tokens."
     )
     iterations: int = Field(3, ge=1, le=20, description="Updates of the mixture: 2 gives D0, D1, D2 (paper: 2).")
-    dilution: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="How far long examples take weight from the others (`balanced`): a step divides the sum of its T "
-        "tokens' gradients by T to this power. 1: a plain mean. 0.5: AdamW, where a batch is mostly noise.",
-    )
     m: float = Field(
         0.8,
         gt=0,

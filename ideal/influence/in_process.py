@@ -82,7 +82,6 @@ def influence_tables(
                     _layer_solver(solver, layer, bases, inverses, refined, sums, settings, own),
                     sums_by_set[layer],
                     sample.domains,
-                    settings,
                     own[layer] if coupled(solver, settings) else None,
                 )
                 for layer in layers

@@ -19,8 +19,8 @@ take a layer's harmonic mean of it.
 
 All but `exact` go layer by layer. With ``joint`` their solutions are combined anew under the curvature of all layers
 together and Λ (``ideal.influence.joint``), which takes forward passes over a few examples. What is combined are the
-solver's solutions for the reference sets and, with ``span: mixed``, Λ⁻¹ḡ_j for the domains: so the span knows what the
-curvature makes of a gradient and what the optimiser does, which the factors don't know of, for no more directions.
+solver's solutions for the reference sets and Λ⁻¹ḡ_j for the domains: so their span knows what the curvature makes of a
+gradient and what the optimiser does, which the factors don't know of, for no more directions.
 """
 
 from __future__ import annotations
@@ -73,16 +73,14 @@ def coupled(solver: str, settings: InfluenceConfig) -> bool:
     return settings.joint and solver != "exact"
 
 
-def solutions(
-    solver: LayerSolver, gradients: torch.Tensor, domains: int, settings: InfluenceConfig, own: torch.Tensor | None
-) -> torch.Tensor:
-    """[sets, d_out, d_in] what a layer's solver, or with ``span: mixed`` the optimiser's diagonal, makes of each set's.
+def solutions(solver: LayerSolver, gradients: torch.Tensor, domains: int, own: torch.Tensor | None) -> torch.Tensor:
+    """[sets, d_out, d_in] what a layer's solver, or for domains the optimiser's diagonal, makes of each set's.
 
     Args:
         gradients: [sets, d_out, d_in], those of the domains first.
         own: [d_out, d_in] Λ of the layer, where solutions are combined anew; None: they aren't.
     """
-    if own is None or settings.span == "solver":
+    if own is None:
         return solver.solve(gradients)
     return torch.cat([Diagonal(own).solve(gradients[:domains]), solver.solve(gradients[domains:])])
 

@@ -23,6 +23,7 @@ from ideal.analysis.fidelity import (
     widening,
 )
 from ideal.config.config import Config
+from ideal.equilibrium import DILUTION
 from ideal.influence.table import Array
 from service.outcome import Findings
 
@@ -54,10 +55,10 @@ def summary(findings: Findings, config: Config) -> dict[str, Any]:
         scopes: dict[str, Any] = {}
         for scope, of in SCOPES.items():
             truth = of(actual)
-            tried = {TRIVIAL: of(by_own_loss(findings, mode, config))}
+            tried = {TRIVIAL: of(by_own_loss(findings, mode))}
             for solver in findings.tables:
                 for form in FORMS:
-                    tried[f"{solver}, {form}"] = of(predictions(findings, solver, mode, config, form))
+                    tried[f"{solver}, {form}"] = of(predictions(findings, solver, mode, form))
             scopes[scope] = {
                 "entries": int(truth[0].size),
                 "decided": right_signs(truth, truth)[1],
@@ -70,27 +71,24 @@ def summary(findings: Findings, config: Config) -> dict[str, Any]:
             **scopes,
             "actual": actual.mean(0).tolist(),
             "standard_error": (actual.std(0, ddof=1) / np.sqrt(len(actual))).tolist(),
-            "predicted": {
-                solver: predictions(findings, solver, mode, config).mean(0).tolist() for solver in findings.tables
-            },
+            "predicted": {solver: predictions(findings, solver, mode).mean(0).tolist() for solver in findings.tables},
             "coverage": {solver: covered(findings, solver, mode, config) for solver in findings.tables},
         }
     return found
 
 
-def predictions(findings: Findings, solver: str, mode: str, config: Config, form: str = FORMS[0]) -> Array:
+def predictions(findings: Findings, solver: str, mode: str, form: str = FORMS[0]) -> Array:
     """[S, M, R] predicted dQ_r/dβ_j."""
     influence = np.array([table.matrix() for table in findings.tables[solver]])
     crowding = np.array([table.crowding for table in findings.tables[solver]]) * (form == "centred")
-    dilution = {"by tokens": 1.0, "uncentred": None}.get(form, config.equilibrium.dilution)
+    dilution = {"by tokens": 1.0, "uncentred": None}.get(form, DILUTION)
     return predicted(influence, crowding, findings.volumes, findings.tokens, mode, dilution)
 
 
-def by_own_loss(findings: Findings, mode: str, config: Config) -> Array:
+def by_own_loss(findings: Findings, mode: str) -> Array:
     """[S, M, R] the same by the trivial rule, from each seed's reference losses alone."""
     rule = own_loss(findings.base)
-    dilution = config.equilibrium.dilution
-    return predicted(rule, np.zeros_like(rule), findings.volumes, findings.tokens, mode, dilution)
+    return predicted(rule, np.zeros_like(rule), findings.volumes, findings.tokens, mode, DILUTION)
 
 
 def _measured(prediction: Array, truth: Array) -> dict[str, Any]:
@@ -113,12 +111,11 @@ def covered(findings: Findings, solver: str, mode: str, config: Config) -> dict[
     for table in findings.tables[solver]:
         for factor, found in bounds.items():
             cloud = table.resampled(settings.resamples, config.seed, factor)
-            dilution = config.equilibrium.dilution
-            moves = predicted(cloud, table.crowding, findings.volumes, findings.tokens, mode, dilution)
+            moves = predicted(cloud, table.crowding, findings.volumes, findings.tokens, mode, DILUTION)
             found.append(np.quantile(moves, [tail, 1 - tail], axis=0))
     low, high = np.array(bounds[settings.widening]).transpose(1, 0, 2, 3)
     narrow = np.array(bounds[1.0]).transpose(1, 0, 2, 3)
-    values, actual = predictions(findings, solver, mode, config), findings.actual[mode].mean(0)
+    values, actual = predictions(findings, solver, mode), findings.actual[mode].mean(0)
     truth = actual / slope(values.mean(0), actual)
     factor, held = widening(narrow[0], values, narrow[1], truth, settings.confidence)
     return {
@@ -172,7 +169,7 @@ def scatter(findings: Findings, found: dict[str, Any], config: Config) -> Figure
     for row, mode in zip(grid, modes, strict=True):
         actual = findings.actual[mode].mean(0)
         for axes, solver in zip(row, solvers, strict=True):
-            prediction = predictions(findings, solver, mode, config).mean(0)
+            prediction = predictions(findings, solver, mode).mean(0)
             for j, domain in enumerate(findings.domains):
                 axes.scatter(prediction[j], actual[j], s=14, label=domain)
             fit = slope(prediction, actual)
@@ -210,9 +207,8 @@ def markdown(found: dict[str, Any], config: Config) -> str:
         "those that the retrainings decide. *A perfect predictor* reaches √(2h/(1+h)), where halves of the seeds agree "
         "by h. *Own set's loss*: each domain helps its own set alone, in proportion to that set's loss.",
         "",
-        f"`centred`: above the mixture's mean as AdamW dilutes it (`equilibrium.dilution` "
-        f"{config.equilibrium.dilution:g}), more by noisier domains; `one dilution`: the same by all domains; `by "
-        "tokens`: as a plain mean over tokens does (1).",
+        f"`centred`: above the mixture's mean as AdamW dilutes it ({DILUTION:g}), more by noisier domains; `one "
+        "dilution`: the same by all domains; `by tokens`: as a plain mean over tokens does (1).",
         "",
     ]
     for heading, columns, rows in tables(found):

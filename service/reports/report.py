@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ideal.analysis.pairs import Pair, pairs
 from ideal.config.config import Config
-from ideal.equilibrium import values
+from ideal.equilibrium import DILUTION, values
 from ideal.influence.table import Array
 from service.outcome import Iteration, Outcome
 from service.store.stage import Record
@@ -99,13 +99,12 @@ def named_pairs(config: Config, outcome: Outcome) -> dict[str, Any] | None:
         return None
     domains, settings = list(last.volumes), config.influence
     tokens = [outcome.data.result[domain]["tokens_per_example"] for domain in domains]
-    volumes, dilution = list(last.volumes.values()), config.equilibrium.dilution
-    crowding = last.table.crowding.T
+    volumes, crowding = list(last.volumes.values()), last.table.crowding.T
 
     def worth(influence: Array) -> Array:
         """[..., M, R] what an example of each domain is worth to each set."""
         by_set = np.swapaxes(influence, -1, -2)
-        return np.swapaxes(values(by_set, crowding, volumes, tokens, "balanced", dilution), -1, -2)
+        return np.swapaxes(values(by_set, crowding, volumes, tokens, "balanced", DILUTION), -1, -2)
 
     found = pairs(last.table, worth, resamples=settings.resamples, confidence=settings.confidence, seed=config.seed)
 

@@ -152,7 +152,7 @@ class InfluenceActor:
     def _solved(self, layer: str, solver: LayerSolver) -> Solved:
         settings = self.sample.config
         own = self._own(layer) if settings.joint else None
-        solved = solutions(solver, self._set_sums(layer), len(self.sample.volumes), settings, own)
+        solved = solutions(solver, self._set_sums(layer), len(self.sample.volumes), own)
         products = self._products(layer, solved)
         damping = None
         if own is not None:

@@ -101,7 +101,6 @@ def influence(
     schedule: dict[str, torch.Tensor] | None = None,
     own: dict[str, torch.Tensor] | None = None,
     joint: bool = False,
-    span: str = "mixed",
     batch_tokens: int = 64,
 ) -> InfluenceTable:
     """The whole influence, as the service computes it, in one process.
@@ -118,7 +117,7 @@ def influence(
     settings = InfluenceConfig.model_validate(
         {"solver": solver, "blocks": blocks, "examples": blocks, "precision": "fp32", "products": 400, "residual": 1e-9}
         | {"damping": "schedule" if schedule else damping, "curvature_examples": 10**6, "fisher": fisher}
-        | {"joint": joint, "span": span}
+        | {"joint": joint}
     )
     sample = Sampled(parts, len(domains), settings, schedule or own or {}, 0, batch_tokens, torch.device("cpu"))
     return influence_tables(model, list(layers), sample, [solver])[solver]

@@ -36,7 +36,7 @@ SETS = [example_set(n, seed) for seed, n in enumerate((7, 5, 4, 6))]
         {"solver": "kfac", "joint": False, "fisher": "sampled"},
         {"solver": "kfac", "joint": False, "fisher": "empirical"},
         {"solver": "kfac", "joint": True, "curvature_examples": 4},
-        {"solver": "kfac", "joint": True, "span": "solver"},
+        {"solver": "kfac", "joint": True},
         {"solver": "ekfac", "joint": False},
         {"solver": "ekfac", "joint": True, "fisher": "empirical"},
     ],

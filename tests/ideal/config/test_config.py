@@ -61,7 +61,10 @@ def test_all_faults_are_named_at_once() -> None:
 def test_the_reference_solver_is_the_fidelity_studys_alone() -> None:
     refused(tree(influence={"solver": "exact"}), "influence.solver: `exact`", "fidelity.solvers", "take `kfac`")
     found = parse(tree(fidelity={"solvers": {"right": {"solver": "exact"}}}), "c.yaml", Path("/"))
-    assert found.compared("right").solver == "exact"
+    right = found.compared("right")
+    assert right.solver == "exact"
+    assert {"products", "residual"} <= set(right.of_the_table()), "which no other solver knows"
+    assert not {"products", "residual"} & set(found.influence.of_the_table())
 
 
 @pytest.mark.parametrize("m", [0, 1, -0.1, 1.5, "nan", "much"])

@@ -77,9 +77,9 @@ def test_an_engine_that_broke_is_not_asked_again(
     run, progress = Benchmarks(config, cluster, broken), None
     (benchmark,) = config.benchmarks
     with pytest.raises(ray.exceptions.RayTaskError):
-        run.score(benchmark, checkpoint=base, progress=progress)  # type: ignore[arg-type]
+        run.score(benchmark, checkpoint=base, seed=0, progress=progress)  # type: ignore[arg-type]
     for _ in range(2):
-        assert run.score(benchmark, checkpoint=base, progress=progress) == {"value": 0.5}  # type: ignore[arg-type]
+        assert run.score(benchmark, checkpoint=base, seed=0, progress=progress) == {"value": 0.5}  # type: ignore[arg-type]
     assert len(made) == (1 if shared else 2)
     run.release()
     with pytest.raises(ray.exceptions.RayActorError):
@@ -103,7 +103,7 @@ def test_two_engines_score_as_one(config: Config, base: Path) -> None:
 
     def scores(made: Benchmarks, engines: int) -> dict[str, Any]:
         def score(each: BenchmarkConfig) -> dict[str, Any]:
-            return made.score(each, checkpoint=base, progress=lambda *_: None)  # type: ignore[arg-type]
+            return made.score(each, checkpoint=base, seed=0, progress=lambda *_: None)  # type: ignore[arg-type]
 
         with ThreadPoolExecutor(engines) as pool:
             return dict(zip(SIZES, pool.map(score, config.benchmarks), strict=True))

@@ -20,11 +20,10 @@ from service.reports import report
 def test_a_layer_that_needed_help_is_named(tmp_path: Path, config: Config, outcome: Outcome) -> None:
     assert outcome.iterations[0].influence
     result = outcome.iterations[0].influence.result
-    result |= {"conditions": {"a.down": 10.0, "a.up": 3e7}, "repaired": {"a.down": 1e-4}, "residual": 0.03}
+    result |= {"conditions": {"a.down": 10.0, "a.up": 3e7}, "repaired": {"a.down": 1e-4}}
     text = report.write(tmp_path, config, outcome).read_text()
     assert "largest condition number before damping 3.0e+07 (a.up)" in text
     assert "a.down was decomposed only with 0.0001 of its mean eigenvalue" in text
-    assert "relative residual of 0.03" in text
     result.clear()
     assert "D0: nothing to invert" in report.write(tmp_path, config, outcome).read_text()
 

@@ -68,7 +68,7 @@ STAGES: dict[str, tuple[Stage[Any], str]] = {
     "reference": (ReferenceLoss(precision="fp32", model=THETA, data=DATA), "b93e2a83cc1f91e94f13"),
     "influence": (
         Influence(influence=INFLUENCE, lora=None, volumes=VOLUMES, seed=0, model=THETA, data=DATA),
-        "f7b57ad72c85c8c937e5",
+        "6b06711abccf2422cb8c",
     ),
     "benchmark": (
         Benchmark(benchmark=benchmark.identified(ASKED, checksum), max_tokens=256, seed=0, model=THETA),
@@ -77,7 +77,7 @@ STAGES: dict[str, tuple[Stage[Any], str]] = {
     "retraining": (Retraining(averaged=0.0, keep=False, **PROXY), "addb6c7dfc177b016704"),
     "prediction": (
         Prediction(influence=INFLUENCE, volumes=VOLUMES, seed=0, trained=of("retraining"), data=DATA),
-        "d0932e5eb1fe01c2265c",
+        "64cd40844f8f6ba7c6ad",
     ),
     "doremi": (DoReMi(rate=1.0, smoothing=0.001, reference=THETA, **PROXY), "efbed79a94e6e5d5d7a3"),
     "doge": (Doge(drive=1.0, wanted=[0.5, 0.5], **PROXY), "5dabce45bf107b3a048a"),
