@@ -123,6 +123,7 @@ class Mixtures:
         stage = Benchmark(
             benchmark=benchmark.identified(settings, self.run.checksum),
             max_tokens=config.model.max_tokens,
+            precision=config.sft.precision,
             seed=config.seed,
             model=current.sft,
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from ideal.config.config import Precision
 from ideal.config.inputs import BenchmarkConfig
 from service.stages.content import Checksum, included_content
 from service.stages.workers import Workers
@@ -37,6 +38,7 @@ class Benchmark(Stage[Score]):
 
     Attributes:
         max_tokens: the longest prompt and answer together.
+        precision: of the engine's arithmetic.
         model: an SFT's record, or the base model's.
     """
 
@@ -44,6 +46,7 @@ class Benchmark(Stage[Score]):
     version = 3
     benchmark: Identified[BenchmarkConfig]
     max_tokens: int
+    precision: Precision
     seed: int
     model: Record[Any]
 

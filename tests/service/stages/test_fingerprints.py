@@ -71,8 +71,10 @@ STAGES: dict[str, tuple[Stage[Any], str]] = {
         "6b06711abccf2422cb8c",
     ),
     "benchmark": (
-        Benchmark(benchmark=benchmark.identified(ASKED, checksum), max_tokens=256, seed=0, model=THETA),
-        "6066a2d5146878f36c77",
+        Benchmark(
+            benchmark=benchmark.identified(ASKED, checksum), max_tokens=256, precision="fp32", seed=0, model=THETA
+        ),
+        "7f60dcf2f0e1a8c919bd",
     ),
     "retraining": (Retraining(averaged=0.0, keep=False, **PROXY), "addb6c7dfc177b016704"),
     "prediction": (
