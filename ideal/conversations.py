@@ -29,7 +29,7 @@ UNREAD_IN_TURNS = ("tool_calls", "tool_call_id", "function_call", "images", "aud
 UNREAD_IN_ROWS = ("tools", "functions", "chat_template_kwargs", "image", "images", "videos", "audios")
 MASKS = ("train", "loss", "weight")
 """Keys that say of a turn whether it is trained on, as Axolotl, ms-swift and OpenAI name them."""
-NOTHING = (None, "", "[]", "{}", "null", [], {})
+NOTHING: tuple[Any, ...] = (None, "", "[]", "{}", "null", [], {})
 
 
 def check_row(row: Mapping[str, Any]) -> None:

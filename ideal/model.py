@@ -93,10 +93,10 @@ def _settle_generation(folder: Path, end: int) -> None:
         "bos_token_id": settings.bos_token_id,
         "pad_token_id": None if pad is None or pad < 0 else pad,
     }
-    settings.update(**ids)
+    settings.update(**ids)  # type: ignore[no-untyped-call]
     if not _can_be_saved(settings):
         settings.do_sample = True
-        settings = settings if _can_be_saved(settings) else GenerationConfig(**ids)
+        settings = settings if _can_be_saved(settings) else GenerationConfig(**ids)  # type: ignore[no-untyped-call]
     file.unlink(missing_ok=True)  # a link to the user's own
     settings.save_pretrained(folder)
 

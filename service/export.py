@@ -7,8 +7,8 @@
 | `llama-factory.yaml` (and `dataset_info.json`), `axolotl.yaml`, `trl.yaml` | those trainers, set as the run's SFT |
 
 Examples are chats, `{"messages": […], "domain": …}`, without what was left out as unusable or held out. An answer that
-SFT wasn't trained on has `"train": false`, which the trainers' files don't heed. They are read again from their sources,
-which must still be what the run read.
+SFT wasn't trained on has `"train": false`, which the trainers' files don't heed. They are read again from their
+sources, which must still be what the run read.
 """
 
 from __future__ import annotations
