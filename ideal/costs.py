@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
-from ideal.config import InfluenceConfig
+from ideal.config.config import InfluenceConfig
 
 if TYPE_CHECKING:  # they load torch
-    from ideal.batches import Item
-    from ideal.curvature.accumulate import Block
+    from ideal.data.batches import Item
+    from ideal.influence.accumulate import Block
 
 PASSES: Final = "passes"
 FORWARD, BACKWARD = 1, 2
@@ -24,7 +24,7 @@ TRAINING = FORWARD + BACKWARD
 
 def input_tokens(items: Iterable[Item]) -> int:
     """Of examples, without padding."""
-    from ideal.batches import length
+    from ideal.data.batches import length
 
     return sum(length(item) for item in items)
 
@@ -45,8 +45,8 @@ def of_influence(blocks: Sequence[Block], domains: int, settings: InfluenceConfi
         blocks: the sample's.
         domains: how many of its sets are domains.
     """
-    from ideal.sampled import curvature_blocks
-    from ideal.solvers import needs_factors
+    from ideal.influence.sampled import curvature_blocks
+    from ideal.influence.solvers import needs_factors
 
     everything, mixture = _tokens(blocks), _tokens([block for block in blocks if block.weight > 0])
     found = TRAINING * everything

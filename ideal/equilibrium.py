@@ -2,7 +2,7 @@
 
 Training takes v_j examples of domain j, τ_j supervised tokens each, so domain j has the weight w_j = v_j·τ_j / Σ_k
 v_k·τ_k among the tokens. A step sums its T tokens' gradients and divides by T^c. With a_j the influence per token
-(``ideal.influence``), ā = Σ_k w_k a_k, and the total V, so the number of steps, fixed (Σ_j v_j β_j = 0), the
+(``ideal.influence.table``), ā = Σ_k w_k a_k, and the total V, so the number of steps, fixed (Σ_j v_j β_j = 0), the
 reference loss Q moves with the relative changes β of the volumes by
 
     dQ = −Σ_j β_j w_j (a_j − c·ā),
@@ -13,11 +13,12 @@ and an *example* of domain j is worth, beside the others whose place it takes,
 
 c, the *dilution*, is 1 for gradient descent on the batch's mean loss: a domain of long examples takes weight from the
 others. AdamW divides by the root of the mean squared gradient. Where a batch is mostly noise that root grows with √T,
-whatever the loss was divided by, and c is ½; `ideal fidelity` finds that to be nearer to what retraining does.
+whatever the loss was divided by, and c is ½ (``DILUTION``); `ideal fidelity` finds that to be nearer to what
+retraining does.
 
 That root also grows faster with tokens whose gradients are large. With ρ_j the mean squared gradient of domain j's
 tokens over that of the mixture's, weight by weight, and x the direction along which a reference loss falls
-(``ideal.influence``), more of domain j divides all others' share by more than the mean domain does, by
+(``ideal.influence.table``), more of domain j divides all others' share by more than the mean domain does, by
 
     δ_j = ⟨x, ρ_j ∘ ḡ⟩ − ā,      Σ_j w_j δ_j = 0:      ā + δ_j takes the place of the ā that c multiplies.
 
@@ -41,11 +42,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ideal.config import EquilibriumConfig
+from ideal.config.config import EquilibriumConfig
 from ideal.errors import BadInput
 from ideal.mixture import round_volumes
 
 Array = npt.NDArray[np.float64]
+
+DILUTION = 0.5
+"""c of AdamW, which every SFT here is by."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def update(
         confidence: level of the intervals.
     """
     value, cloud = (
-        values(a, crowding, volumes, tokens_per_example, config.rule, config.dilution) for a in (influence, resampled)
+        values(a, crowding, volumes, tokens_per_example, config.rule, DILUTION) for a in (influence, resampled)
     )
     tail = (1 - confidence) / 2
     low, high = np.quantile(cloud, [tail, 1 - tail], axis=0)

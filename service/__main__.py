@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from service import interrupts
+from service.cluster import interrupts
 
 
 def main(arguments: list[str] | None = None) -> None:

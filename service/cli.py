@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from ideal.errors import BadInput
-from service import environment, interrupts
+from service.cluster import environment, interrupts
 from service.errors import StageFailed
 
 if TYPE_CHECKING:
-    from ideal.config import Config
+    from ideal.config.config import Config
 
 INTERRUPTED = 130
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -55,7 +55,7 @@ def read(config: Path, overrides: list[str] | None, hub: bool = True, changed: I
         hub: whether the command reads models or data.
         changed: fields that get other values, too, which may be on the hub.
     """
-    from ideal.config_file import load
+    from ideal.config.file import load
 
     loaded = load(config, overrides)
     inputs = {field.partition(".")[0] for field in changed} & {"model", "domains", "benchmarks"}
@@ -74,11 +74,11 @@ def run(
     """Optimise a mixture: D0, and as many updates of it as the config asks for."""
     loaded = read(config, set_)
     if dry_run:
-        from service import check
+        from service.runs import dry_run as check
 
         check.dry_run(loaded, Console())
     else:
-        from service import run as runs
+        from service.runs import run as runs
 
         runs.run(loaded, Console())
 
@@ -98,7 +98,7 @@ def plan(
 ) -> None:
     """Predict time and memory of each stage, for this machine or with --gpus for one that isn't there."""
     loaded = read(config, set_, hub=model is None or not Path(model).exists(), changed=["model"] if model else [])
-    from service.forecast import forecast
+    from service.planning.forecast import forecast
 
     forecast(
         loaded,
@@ -120,7 +120,7 @@ def settings(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of configs, for editors.")] = False,
 ) -> None:
     """Print every setting and where its value is from, as a config that gives the same run."""
-    from ideal import config_origins
+    from ideal.config import origins as config_origins
 
     if schema:
         typer.echo(json.dumps(config_origins.schema(), indent=2))
@@ -134,7 +134,7 @@ def settings(
 def sync(config: ConfigPath, set_: Overrides = None) -> None:
     """Write to MLflow what it missed of a run while it couldn't be reached."""
     loaded = read(config, set_, hub=False)
-    from service import run as runs
+    from service.runs import run as runs
 
     if not runs.sync(loaded, Console()):
         raise typer.Exit(1)
@@ -144,7 +144,7 @@ def sync(config: ConfigPath, set_: Overrides = None) -> None:
 def fidelity(config: ConfigPath, set_: Overrides = None) -> None:
     """Measure how well each solver's influence predicts what retraining does."""
     loaded = read(config, set_)
-    from service import run as runs
+    from service.runs import run as runs
 
     runs.fidelity(loaded, Console())
 
@@ -172,8 +172,8 @@ def sweep(
         values[path] = listed.split(",") if listed else []
     first = [f"{field}={listed[0]}" for field, listed in values.items() if listed]  # it may not hold without
     read(config, [*(set_ or []), *first], changed=values)
-    from service import sweep as sweeps
-    from service import sweep_report
+    from service.reports import sweep_report
+    from service.runs import sweep as sweeps
 
     trials = sweeps.grid(config, set_, values)
     sweep_report.present(
@@ -199,7 +199,7 @@ def compare(
 ) -> None:
     """Run every method with the same data, training, seeds and benchmarks, and say which is best, and how sure."""
     read(config, set_, changed=[assignment for settings in also or [] for assignment in settings.split()])
-    from service import compare as comparison
+    from service.runs import compare as comparison
 
     comparison.compare(
         config,
@@ -216,7 +216,7 @@ def compare(
 def sensitivity(config: ConfigPath, set_: Overrides = None) -> None:
     """Say how the mixture hangs on the reference set, from a run's records; starts nothing."""
     loaded = read(config, set_, hub=False)
-    from service.sensitivity import examine
+    from service.runs.sensitivity import examine
 
     examine(loaded, Console())
 
@@ -281,14 +281,14 @@ def stop(job: Job, address: Address = None) -> None:
 @app.command()
 def doctor() -> None:
     """Say what is installed, what this machine has, and what would go wrong, each with its remedy."""
-    from service.doctor import examine
+    from service.runs.doctor import examine
 
     if not examine(Console()):
         raise typer.Exit(1)
 
 
 def guarded(arguments: list[str]) -> int:
-    """Run a command; every failure is one message and an exit status. Interrupts are ``service.interrupts``'."""
+    """Run a command; every failure is one message and an exit status. ``service.cluster.interrupts`` has Ctrl-C."""
     environment.prepare()
     error = Console(stderr=True, highlight=False)
     try:

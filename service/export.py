@@ -6,9 +6,9 @@
 | `domains/*.jsonl`, `mixture.json` | each domain's whole pool, and the probabilities to sample them with |
 | `llama-factory.yaml` (and `dataset_info.json`), `axolotl.yaml`, `trl.yaml` | those trainers, set as the run's SFT |
 
-Examples are chats, `{"messages": […], "domain": …}`, without what was left out as unusable or held out. An answer that
-SFT wasn't trained on has `"train": false`, which the trainers' files don't heed. They are read again from their
-sources, which must still be what the run read.
+Examples are chats, `{"messages": […], "domain": …}`, without what was left out as unusable or held out. An answer
+that SFT wasn't trained on has `"train": false`, which the trainers' files don't heed. Examples are read again from
+their sources, which must still be what the run read.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from ideal.benchmarks import tasks
-from ideal.chat import ChatEncoder
-from ideal.config import Config, LoraConfig
-from ideal.domains import Domain, prepare
+from ideal.config.config import Config, LoraConfig
+from ideal.data.chat import ChatEncoder
+from ideal.data.domains import Domain, prepare
 from ideal.errors import BadInput
 from ideal.mixture import data_order, draw
-from ideal.model import load_tokenizer
-from service import report
-from service.names import run_name
+from ideal.model.base import load_tokenizer
+from service.cluster.precision import decided
 from service.outcome import Outcome
-from service.precision import decided
-from service.run import replay
+from service.reports import report
+from service.runs.run import replay
 from service.store.layout import MODEL
+from service.store.names import run_name
 from service.store.store import RECORD
 
 DECAY = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ideal.config import Config
+from ideal.config.config import Config
 from ideal.equilibrium import Update
 from ideal.errors import BadInput
-from ideal.influence import Array, InfluenceTable
-from service.names import run_key
+from ideal.influence.table import Array, InfluenceTable
 from service.stages.benchmark import Score
 from service.stages.data import DomainData
 from service.stages.influence import InfluenceResult
 from service.stages.reference import SetLoss
+from service.store.names import run_key
 from service.store.stage import Record
 
 Scores = Mapping[str, Score]

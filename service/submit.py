@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ideal.config import Config
+from ideal.config.config import Config
 from ideal.errors import BadInput
-from service import interrupts
-from service.names import run_name
+from service.cluster import interrupts
+from service.store.names import run_name
 
 CONFIG = "run.yaml"
 CODE = ("ideal", "service", "jobs")

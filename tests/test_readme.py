@@ -38,7 +38,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_setting_that_the_pages_name_exists() -> None:
-    from ideal.config import Config
+    from ideal.config.config import Config
 
     sections = {name: field.annotation for name, field in Config.model_fields.items()}
     for page in (ROOT / "README.md", ROOT / "service" / "README.md", ROOT / "ideal" / "README.md"):

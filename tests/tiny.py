@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ideal import pretraining
-from ideal.model import HEAD_WIDTH
+from ideal.model.base import HEAD_WIDTH
+from ideal.training import pretraining
 
 MAX_TOKENS = 512
 

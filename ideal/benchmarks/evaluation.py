@@ -16,7 +16,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks.manager import TaskDict
 
 from ideal.benchmarks import procedural, tasks
-from ideal.config_inputs import BenchmarkConfig
+from ideal.config.inputs import BenchmarkConfig
 from ideal.errors import BadInput
 
 SEED = 1234

@@ -12,7 +12,7 @@ from pathlib import Path
 import lm_eval.tasks
 import yaml
 
-from ideal.yaml_file import nodes_of
+from ideal.config.yaml_file import nodes_of
 
 TASKS = Path(lm_eval.tasks.__file__).parent
 RUN_ANSWERS = {"cruxeval", "longproc", "score/math"}

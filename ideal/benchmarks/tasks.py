@@ -22,7 +22,7 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks.manager import TaskDict
 
 from ideal.benchmarks import code_eval, procedural, sandbox, scorers, task_code
-from ideal.config_inputs import BenchmarkConfig
+from ideal.config.inputs import BenchmarkConfig
 from ideal.errors import BadInput
 
 TEMPLATES = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)

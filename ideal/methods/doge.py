@@ -20,12 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from ideal.batches import Item
 from ideal.costs import TRAINING
-from ideal.examples import ExampleSet
+from ideal.data.batches import Item
+from ideal.data.examples import ExampleSet
 from ideal.methods.problem import Array, Problem, Stages
 from ideal.methods.proxy import Stepped, moved, rates, steps, tokens
-from ideal.training import Trainer
+from ideal.training.trainer import Trainer
 
 LARGEST = 5.0
 """Of a score, in learning rates."""

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ideal.batches import Item, batches
 from ideal.costs import FORWARD, TRAINING
-from ideal.examples import ExampleSet
+from ideal.data.batches import Item, batches
+from ideal.data.examples import ExampleSet
 from ideal.methods.problem import Problem, Stages
 from ideal.methods.proxy import Stepped, items, moved, per_token, steps, tokens
-from ideal.model import supervised_counts, supervised_logits, token_losses
-from ideal.training import Trainer
+from ideal.model.base import supervised_counts, supervised_logits, token_losses
+from ideal.training.trainer import Trainer
 
 
 def choose(problem: Problem, stages: Stages) -> dict[str, int]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ideal.methods.problem import Array, Problem, Stages
-from ideal.methods.specific import only
+from ideal.methods.simple import only
 
 
 def choose(problem: Problem, stages: Stages) -> dict[str, int]:

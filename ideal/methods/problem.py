@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ideal.config import Config
+from ideal.config.config import Config
 from ideal.errors import BadInput
 from ideal.mixture import round_volumes, seeded
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ideal.batches import Item
-from ideal.config import SftConfig
+from ideal.config.config import SftConfig
 from ideal.costs import input_tokens
-from ideal.examples import ExampleSet
+from ideal.data.batches import Item
+from ideal.data.examples import ExampleSet
 from ideal.methods.problem import Array
 from ideal.mixture import seeded
-from ideal.training import Step, number_of_steps, schedule
+from ideal.training.trainer import Step, number_of_steps, schedule
 
 Batch = list[list[Item]]
 """Of each domain, its examples."""

@@ -1,0 +1,1 @@
+"""Kinds of runs: what is computed in which order, over stages that a runner runs."""

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from ideal.config import Config
-from ideal.domains import starting_volumes
-from ideal.examples import ExampleSet
+from ideal.config.config import Config
+from ideal.data.domains import starting_volumes
+from ideal.data.examples import ExampleSet
 from ideal.methods import METHODS
 from ideal.methods.problem import Problem
 from service.outcome import Outcome

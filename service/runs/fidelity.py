@@ -2,7 +2,7 @@
 
 For each seed the mixture D0 is trained, and again with each domain's volume moved up and down: every training is a
 stage of its own, so they are shared, resumed and run beside each other. Each solver's influence is computed at that
-seed's D0. What is compared, and how, is in ``ideal.fidelity``.
+seed's D0. What is compared, and how, is in ``ideal.analysis.fidelity``.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ideal.config import Config
-from ideal.domains import starting_volumes
-from ideal.fidelity import moved
-from ideal.influence import Array, InfluenceTable
+from ideal.analysis.fidelity import moved
+from ideal.config.config import Config
+from ideal.data.domains import starting_volumes
+from ideal.influence.table import Array, InfluenceTable
 from service.outcome import Findings
 from service.runs.mixtures import Inputs
 from service.runs.runner import Recorded, Runner, side_by_side

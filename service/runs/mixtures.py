@@ -7,10 +7,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ideal.config import Config
-from ideal.config_inputs import BenchmarkConfig
-from ideal.domains import check_rejected
-from service.benchmark import longest_first
+from ideal.config.config import Config
+from ideal.config.inputs import BenchmarkConfig
+from ideal.data.domains import check_rejected
+from service.cluster.engines import longest_first
 from service.outcome import Iteration, Outcome, as_one
 from service.runs.runner import Runner, side_by_side
 from service.stages import base_model, benchmark, data, examples
@@ -38,7 +38,7 @@ class Inputs:
 
     def __init__(self, config: Config, run: Runner) -> None:
         if config.undecided:
-            raise ValueError("a precision is still `auto`: service.precision.decide must come first")
+            raise ValueError("a precision is still `auto`: service.cluster.precision.decide must come first")
         self.base: Record[BaseModelResult] = run(
             BaseModel(model=base_model.identified(config.model, run.checksum)), "base model"
         )

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from ideal.config import Config
-from ideal.domains import starting_volumes
+from ideal.config.config import Config
+from ideal.data.domains import starting_volumes
 from ideal.equilibrium import Update, update
-from ideal.influence import InfluenceTable
+from ideal.influence.table import InfluenceTable
 from service.outcome import Iteration, Outcome
 from service.runs.mixtures import Mixtures
 from service.runs.runner import Runner, side_by_side

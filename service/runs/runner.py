@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from ideal.config import Config
-from service.benchmark import Benchmarks, engines_needed
-from service.cluster import Cluster
-from service.failures import explain, lost, root_cause
-from service.progress import Display
+from ideal.config.config import Config
+from service.cluster.cluster import Cluster
+from service.cluster.engines import Benchmarks, engines_needed
+from service.cluster.failures import explain, lost, root_cause
+from service.cluster.progress import Display
 from service.stages.content import Checksum
 from service.stages.workers import Workers
 from service.store.stage import R_co, Record, Stage

@@ -1,0 +1,1 @@
+"""Each step of a run: what it depends on, what it does, what it leaves."""

@@ -9,9 +9,9 @@ from typing import Any, TypedDict
 
 import ray
 
-from ideal.config_inputs import ModelConfig
-from ideal.model_files import local_folder, read_template
-from service.progress import Reporter
+from ideal.config.inputs import ModelConfig
+from ideal.model.files import local_folder, read_template
+from service.cluster.progress import Reporter
 from service.stages.content import Checksum, source_content
 from service.stages.workers import Workers
 from service.store.layout import MODEL
@@ -35,7 +35,7 @@ class BaseModel(Stage[BaseModelResult]):
     model: Identified[ModelConfig]
 
     def run(self, folder: Path, on: Workers) -> BaseModelResult:
-        from ideal.model import materialise
+        from ideal.model.base import materialise
 
         config = self.model.value
         (folder / MODEL).mkdir(exist_ok=True)
@@ -67,7 +67,7 @@ def identified(config: ModelConfig, checksum: Checksum) -> Identified[ModelConfi
 def _pretrain(config: ModelConfig, folder: Path, cpus: int, checkpoint_steps: int, progress: Reporter) -> float:
     import torch
 
-    from ideal.pretraining import pretrain
+    from ideal.training.pretraining import pretrain
 
     assert config.made
     torch.set_num_threads(cpus)

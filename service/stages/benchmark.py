@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from ideal.config_inputs import BenchmarkConfig
+from ideal.config.inputs import BenchmarkConfig
 from service.stages.content import Checksum, included_content
 from service.stages.workers import Workers
 from service.store.stage import Identified, Record, Stage

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ideal.config_inputs import BenchmarkConfig, Source
-from ideal.row_files import files_of
+from ideal.config.inputs import BenchmarkConfig, Source
+from ideal.data.row_files import files_of
 
 Checksum = Callable[[Path], str]
 """Of a file's content."""

@@ -17,9 +17,9 @@ from typing import Any, TypedDict
 
 from safetensors.numpy import load_file
 
-from ideal.config_inputs import BenchmarkConfig
-from ideal.domains import held_out, removed, unasked
-from ideal.examples import ExampleSet
+from ideal.config.inputs import BenchmarkConfig
+from ideal.data.domains import held_out, removed, unasked
+from ideal.data.examples import ExampleSet
 from service.stages.content import Checksum, included_content
 from service.stages.examples import Account
 from service.stages.workers import Workers

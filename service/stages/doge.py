@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ideal.config import SftConfig
+from ideal.config.config import SftConfig
 from service.stages.proxy import Here, ProxyResult, on_a_worker, pools, references
 from service.stages.workers import Workers
 from service.store.stage import Record, Stage

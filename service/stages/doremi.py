@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ideal.config import SftConfig
+from ideal.config.config import SftConfig
 from service.stages.proxy import Here, ProxyResult, on_a_worker, pools
 from service.stages.workers import Workers
 from service.store.layout import MODEL
@@ -39,7 +39,7 @@ class DoReMi(Stage[ProxyResult]):
 def weights(stage: DoReMi, folder: Path, here: Here) -> ProxyResult:
     """The proxy run in this process."""
     from ideal.methods import doremi
-    from ideal.model import DTYPES, device, load_model
+    from ideal.model.base import DTYPES, device, load_model
 
     compared = load_model(stage.reference.folder / MODEL, DTYPES[stage.sft.precision], device())
     total = sum(stage.volumes.values())

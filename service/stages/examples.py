@@ -8,8 +8,8 @@ from typing import Any, TypedDict
 
 from safetensors.numpy import save_file
 
-from ideal.config_inputs import DomainConfig
-from ideal.domains import accounts, encoded
+from ideal.config.inputs import DomainConfig
+from ideal.data.domains import accounts, encoded
 from service.stages.content import Checksum, source_content
 from service.stages.workers import Workers
 from service.store.layout import MODEL, questions_file, reference_file, train_file
@@ -17,7 +17,7 @@ from service.store.stage import Identified, Record, Stage
 
 
 class Account(TypedDict):
-    """What became of a domain's rows; ``ideal.domains.Account`` says what is in each."""
+    """What became of a domain's rows; ``ideal.data.domains.Account`` says what is in each."""
 
     train: dict[str, Any]
     reference: dict[str, Any]
@@ -34,8 +34,8 @@ class Examples(Stage[dict[str, Account]]):
     base: Record[Any]
 
     def run(self, folder: Path, on: Workers) -> dict[str, Account]:
-        from ideal.chat import ChatEncoder
-        from ideal.model import load_tokenizer
+        from ideal.data.chat import ChatEncoder
+        from ideal.model.base import load_tokenizer
 
         encoder = ChatEncoder(load_tokenizer(self.base.folder / MODEL), self.max_tokens)
         found: dict[str, Account] = {}

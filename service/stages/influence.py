@@ -20,10 +20,10 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ideal.config import InfluenceConfig, LoraConfig
+from ideal.config.config import InfluenceConfig, LoraConfig
 from ideal.costs import PASSES, input_tokens, of_influence
-from ideal.influence import shard
-from service.cluster import Reservation
+from ideal.influence.table import shard
+from service.cluster.cluster import Reservation
 from service.stages.workers import Workers
 from service.store.layout import MODEL, TABLE, for_influence
 from service.store.stage import Identified, Record, Stage
@@ -77,11 +77,11 @@ class Influence(Stage[InfluenceResult]):
         """
         from transformers import AutoConfig
 
-        from ideal.curvature.layers import layer_shapes
-        from ideal.lora import base_of
-        from ideal.products import combined, table_of
-        from ideal.sampled import curvature_blocks, tokens_and_weights
-        from service.partition import by_cost, cut
+        from ideal.influence.layers import layer_shapes
+        from ideal.influence.products import combined, table_of
+        from ideal.influence.sampled import curvature_blocks, tokens_and_weights
+        from ideal.model.lora import base_of
+        from service.planning.partition import by_cost, cut
         from service.stages.influence_actor import InfluenceActor
         from service.stages.sample import Sample
 

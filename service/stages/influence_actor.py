@@ -22,16 +22,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ideal.curvature.accumulate import Block, BlockGradient, FactorSums, accumulate
-from ideal.curvature.ekfac import squared_gradients
-from ideal.curvature.joint import damping_forms, quadratic_forms
-from ideal.curvature.kfac import Divided, Eigen, Eigenbasis, Inverse
-from ideal.curvature.layers import input_group
-from ideal.influence import Array
-from ideal.model import DTYPES, device, load_model
-from ideal.products import crowded_means, set_sums, with_sets
-from ideal.sampled import curvature_blocks, tokens_and_weights
-from ideal.solvers import (
+from ideal.influence.accumulate import Block, BlockGradient, FactorSums, accumulate
+from ideal.influence.ekfac import squared_gradients
+from ideal.influence.joint import damping_forms, quadratic_forms
+from ideal.influence.kfac import Divided, Eigen, Eigenbasis, Inverse
+from ideal.influence.layers import input_group
+from ideal.influence.products import crowded_means, set_sums, with_sets
+from ideal.influence.sampled import curvature_blocks, tokens_and_weights
+from ideal.influence.solvers import (
     FACTORED,
     Diagonal,
     LayerSolver,
@@ -42,8 +40,10 @@ from ideal.solvers import (
     needs_factors,
     solutions,
 )
-from ideal.training import DAMPING
-from service.progress import Reporter
+from ideal.influence.table import Array
+from ideal.model.base import DTYPES, device, load_model
+from ideal.training.trainer import DAMPING
+from service.cluster.progress import Reporter
 from service.stages.sample import Sample
 
 
@@ -152,7 +152,7 @@ class InfluenceActor:
     def _solved(self, layer: str, solver: LayerSolver) -> Solved:
         settings = self.sample.config
         own = self._own(layer) if settings.joint else None
-        solved = solutions(solver, self._set_sums(layer), len(self.sample.volumes), settings, own)
+        solved = solutions(solver, self._set_sums(layer), len(self.sample.volumes), own)
         products = self._products(layer, solved)
         damping = None
         if own is not None:

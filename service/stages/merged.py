@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from ideal.config import Precision, SftConfig
+from ideal.config.config import Precision, SftConfig
 from ideal.costs import FORWARD, PASSES, input_tokens
 from service.stages.proxy import Here, on_a_worker, references
 from service.stages.reference import losses_of
@@ -50,9 +50,9 @@ def losses(stage: Merged, here: Here) -> MergedResult:
     """The evaluations in this process."""
     import torch
 
-    from ideal.lora import whole_weights
     from ideal.methods import merge
-    from ideal.model import DTYPES, device, load_model
+    from ideal.model.base import DTYPES, device, load_model
+    from ideal.model.lora import whole_weights
 
     where = device()
     model = load_model(stage.base.folder / MODEL, DTYPES[stage.precision], where)

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-import ray
-
-from ideal.config import InfluenceConfig
-from service.progress import Reporter
+from ideal.config.config import InfluenceConfig
+from service.cluster.progress import Reporter
 from service.stages.workers import Workers
 from service.store.layout import MODEL, TABLE, for_influence
 from service.store.stage import Identified, Record, Stage
@@ -38,20 +36,18 @@ class Prediction(Stage[PredictionResult]):
 
     def run(self, folder: Path, on: Workers) -> PredictionResult:
         tokens = on.resources.batch_tokens
-        found: PredictionResult = on.one(_predict, self, folder, tokens, on.progress, what="predictions", cpus=1)
-        return found
+        return on.one(_predict, self, folder, tokens, on.progress, what="predictions", cpus=1)
 
 
-@ray.remote
 def _predict(stage: Prediction, folder: Path, batch_tokens: int, progress: Reporter) -> PredictionResult:
     import torch
     from safetensors.torch import load_file
 
-    from ideal.curvature.layers import tracked_layers
-    from ideal.in_process import influence_tables
-    from ideal.model import DTYPES, device, load_model
-    from ideal.sampled import Sampled
-    from ideal.training import DAMPING
+    from ideal.influence.in_process import influence_tables
+    from ideal.influence.layers import tracked_layers
+    from ideal.influence.sampled import Sampled
+    from ideal.model.base import DTYPES, device, load_model
+    from ideal.training.trainer import DAMPING
     from service.stages.sample import Sample
 
     settings, checkpoint, where = stage.influence.value, stage.trained.folder, device()

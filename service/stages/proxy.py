@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, TypeVar
 
 import numpy as np
-import ray
 
-from ideal.config import ResourcesConfig, SftConfig
+from ideal.config.config import ResourcesConfig, SftConfig
 from ideal.costs import PASSES
-from ideal.examples import ExampleSet
-from service.progress import Reporter
+from ideal.data.examples import ExampleSet
+from service.cluster.progress import Reporter
 from service.stages.workers import Workers
 from service.store.layout import MODEL, reference_file, train_file
 from service.store.stage import Record
 
 if TYPE_CHECKING:
     from ideal.methods.proxy import Stepped
-    from ideal.training import Trainer
+    from ideal.training.trainer import Trainer
 
 EVERY_STEP = "weights.json"
 R = TypeVar("R")
@@ -58,8 +57,8 @@ class Here:
 
     def trainer(self, stage: Proxy) -> Trainer:
         """At θ₀."""
-        from ideal.model import device
-        from ideal.training import Trainer
+        from ideal.model.base import device
+        from ideal.training.trainer import Trainer
 
         resources = self.resources
         model = stage.base.folder / MODEL
@@ -67,7 +66,7 @@ class Here:
 
     def watched(self, stage: Proxy, found: Iterator[Stepped], folder: Path) -> ProxyResult:
         """The mean of a proxy's weights over its steps, and the passes that they took."""
-        from ideal.training import number_of_steps
+        from ideal.training.trainer import number_of_steps
 
         total, every, passes = number_of_steps(sum(stage.volumes.values()), stage.sft), [], 0
         for number, each in enumerate(found):
@@ -95,15 +94,14 @@ def on_a_worker(on: Workers, work: Callable[..., R], stage: Proxy, *arguments: A
         what: the stage, for errors.
     """
     here = Here(on.resources, on.progress)
-    found: R = on.one(_task, work, on.cluster.sft_cpus, stage.seed, stage, *arguments, here, what=what)
+    found: R = on.one(_seeded, work, on.cluster.sft_cpus, stage.seed, stage, *arguments, here, what=what)
     return found
 
 
-@ray.remote
-def _task(work: Callable[..., R], cpus: int, seed: int, *arguments: Any) -> R:
+def _seeded(work: Callable[..., R], cpus: int, seed: int, *arguments: Any) -> R:
     import torch
 
-    from ideal.model import device
+    from ideal.model.base import device
 
     torch.manual_seed(seed)
     if device().type == "cpu":

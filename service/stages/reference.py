@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-import ray
-
-from ideal.config import Precision
+from ideal.config.config import Precision
 from ideal.costs import FORWARD, PASSES, input_tokens
-from ideal.examples import ExampleSet
-from service.progress import Reporter
+from ideal.data.examples import ExampleSet
+from service.cluster.progress import Reporter
 from service.stages.workers import Workers
 from service.store.layout import MODEL, reference_file
 from service.store.stage import Record, Stage
@@ -52,12 +50,11 @@ class ReferenceLoss(Stage[dict[str, SetLoss]]):
     def run(self, folder: Path, on: Workers) -> dict[str, SetLoss]:
         arguments = (self.model.folder / MODEL, self.data.folder, list(self.data.result), self.precision)
         cpus, tokens = on.cluster.sft_cpus, on.resources.batch_tokens
-        found: Losses = on.one(_losses, *arguments, tokens, cpus, on.progress, what="reference loss")
+        found = on.one(_losses, *arguments, tokens, cpus, on.progress, what="reference loss")
         (folder / BY_EXAMPLE).write_text(json.dumps(found))
         return means(found, self.data.folder)
 
 
-@ray.remote
 def _losses(
     model_folder: Path,
     data: Path,
@@ -69,7 +66,7 @@ def _losses(
 ) -> Losses:
     import torch
 
-    from ideal.model import DTYPES, device, load_model
+    from ideal.model.base import DTYPES, device, load_model
 
     where = device()
     if where.type == "cpu":
@@ -82,7 +79,7 @@ def losses_of(
     model: nn.Module, data: Path, domains: Iterable[str], where: torch.device, batch_tokens: int, progress: Reporter
 ) -> Losses:
     """A model's losses on every example of each domain's reference set."""
-    from ideal.training import example_losses
+    from ideal.training.trainer import example_losses
 
     found = {}
     names = list(domains)

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-
-from ideal.config import ResourcesConfig, SftConfig
+from ideal.config.config import ResourcesConfig, SftConfig
 from ideal.costs import PASSES, TRAINING
-from ideal.examples import ExampleSet
-from service.progress import Reporter
+from ideal.data.examples import ExampleSet
+from service.cluster.progress import Reporter
 from service.stages.reference import losses_of, means
 from service.stages.workers import Workers
 from service.store.layout import MODEL, train_file
@@ -44,20 +42,13 @@ class Retraining(Stage[dict[str, Any]]):
     data: Record[Any]
 
     def run(self, folder: Path, on: Workers) -> dict[str, Any]:
-        found: dict[str, Any] = on.one(
-            _train, self, folder if self.keep else None, on.resources, on.progress, what="retrainings", cpus=1
-        )
-        return found
+        keep = folder if self.keep else None
+        return on.one(train_here, self, keep, on.resources, on.progress, what="retrainings", cpus=1)
 
 
 def losses_after(record: Record[Mapping[str, Any]]) -> dict[str, float]:
     """Each reference set's loss (nats per token) after a training."""
     return {name: row["loss"] for name, row in record.result.items() if name != TRAINED}
-
-
-@ray.remote
-def _train(stage: Retraining, keep: Path | None, resources: ResourcesConfig, progress: Reporter) -> dict[str, Any]:
-    return train_here(stage, keep, resources, progress)
 
 
 def train_here(stage: Retraining, keep: Path | None, resources: ResourcesConfig, progress: Reporter) -> dict[str, Any]:
@@ -68,8 +59,8 @@ def train_here(stage: Retraining, keep: Path | None, resources: ResourcesConfig,
     """
     import torch
 
-    from ideal.model import device
-    from ideal.training import AVERAGE, Trainer, train
+    from ideal.model.base import device
+    from ideal.training.trainer import AVERAGE, Trainer, train
 
     where, batch_tokens = device(), resources.batch_tokens
     if where.type == "cpu":

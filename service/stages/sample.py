@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ideal.config import InfluenceConfig
-from ideal.curvature.accumulate import Block
+from ideal.config.config import InfluenceConfig
+from ideal.data.examples import ExampleSet
 from ideal.equilibrium import token_weights
-from ideal.examples import ExampleSet
-from ideal.influence import split
+from ideal.influence.accumulate import Block
+from ideal.influence.table import split
 from ideal.mixture import draw
 from service.store.layout import reference_file, train_file
 

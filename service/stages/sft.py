@@ -1,4 +1,4 @@
-"""SFT of θ₀ on a mixture, by Ray Train: workers that each run ``ideal.training`` on their share of every batch.
+"""SFT of θ₀ on a mixture, by Ray Train: workers that each run ``ideal.training.trainer`` on their share of every batch.
 
 A worker that is alone, on CPUs, is a Ray task with Ray Train inside it: tasks take processes that are there already,
 while a group of workers with its controller starts five new ones, 20 seconds for a small model's 5 of training.
@@ -14,19 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-import ray
-
-from ideal.config import SftConfig
+from ideal.config.config import SftConfig
 from ideal.costs import PASSES, TRAINING
-from service.cluster import Cluster
+from service.cluster.cluster import Cluster
 from service.stages.workers import Workers
 from service.store.layout import MODEL, train_file
 from service.store.stage import Record, Stage
 from service.store.store import WORK
 
 if TYPE_CHECKING:  # what takes seconds to load is loaded where it works
-    from ideal.sharded import ShardedTrainer
-    from ideal.training import Trainer
+    from ideal.training.sharded import ShardedTrainer
+    from ideal.training.trainer import Trainer
 
 RETRIES = 2
 """Of a training whose workers die."""
@@ -120,7 +118,6 @@ def _group(task: dict[str, Any], cluster: Cluster) -> None:
     ).fit()
 
 
-@ray.remote
 def _train_here(task: dict[str, Any]) -> None:
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -133,11 +130,11 @@ def _worker(task: dict[str, Any]) -> None:
     import torch
     from ray.train import Checkpoint
 
-    from ideal.checkpoints import latest
-    from ideal.examples import ExampleSet
-    from ideal.model import load_tokenizer
-    from ideal.sharded import ShardedTrainer
-    from ideal.training import AVERAGE, Trainer, plan, train
+    from ideal.data.examples import ExampleSet
+    from ideal.model.base import load_tokenizer
+    from ideal.training.checkpoints import latest
+    from ideal.training.sharded import ShardedTrainer
+    from ideal.training.trainer import AVERAGE, Trainer, plan, train
 
     config, resources, volumes = task["config"], task["resources"], task["volumes"]
     rank = ray.train.get_context().get_world_rank()
@@ -187,8 +184,8 @@ def _checkpoint(trainer: Trainer | ShardedTrainer, logs: list[dict[str, Any]], r
     """
     import ray.train
 
-    from ideal.checkpoints import keep
-    from ideal.sharded import ShardedTrainer
+    from ideal.training.checkpoints import keep
+    from ideal.training.sharded import ShardedTrainer
 
     keeps = rank == 0 or isinstance(trainer, ShardedTrainer)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ideal.config import Config, ResourcesConfig
-from service.benchmark import Benchmarks
-from service.cluster import Cluster, on_one_worker
-from service.progress import Reporter
+from ideal.config.config import Config, ResourcesConfig
+from service.cluster.cluster import Cluster, on_one_worker
+from service.cluster.engines import Benchmarks
+from service.cluster.progress import Reporter
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +39,8 @@ class Workers:
         """Whether benchmarks may bring code of their own."""
         return self.config.allow_code_execution
 
-    def one(self, task: Any, *arguments: Any, what: str, cpus: int | None = None, retries: int = 3) -> Any:
-        """What a Ray task returns on one worker.
+    def one(self, work: Callable[..., T], *arguments: Any, what: str, cpus: int | None = None, retries: int = 3) -> T:
+        """What ``work(*arguments)`` returns on one worker.
 
         Args:
             what: the stage, for errors.
@@ -49,17 +52,17 @@ class Workers:
         """
         seconds = self.resources.wait_seconds
         return on_one_worker(
-            task, *arguments, cluster=self.cluster, seconds=seconds, what=what, cpus=cpus, retries=retries
+            work, *arguments, cluster=self.cluster, seconds=seconds, what=what, cpus=cpus, retries=retries
         )
 
     def sharded(self, model: Path) -> bool:
         """Whether SFT of a model folder is divided among its workers."""
-        from service.plan import shards_training
+        from service.planning.plan import shards_training
 
         return shards_training(self.config, model, self.cluster)
 
     def layer_blocks(self, model: Path) -> int:
         """Parts that the tracked layers of a model folder are cut in, so that their influence fits."""
-        from service.plan import layer_blocks
+        from service.planning.plan import layer_blocks
 
         return layer_blocks(self.config, model, self.cluster)

@@ -1,0 +1,1 @@
+"""A stage that happened is never done again."""

@@ -13,7 +13,7 @@ TABLE = "influence.safetensors"
 
 def for_influence(folder: Path) -> Path:
     """The model in an SFT's folder that influence is computed at: the mean of its last weights, if it was kept."""
-    from ideal.training import AVERAGE  # which loads torch
+    from ideal.training.trainer import AVERAGE  # which loads torch
 
     return folder / AVERAGE if (folder / AVERAGE).is_dir() else folder / MODEL
 

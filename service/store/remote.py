@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 
-from ideal.config import Config
+from ideal.config.config import Config
 from ideal.errors import BadInput
 
 HERE = LocalFileSystem()

@@ -39,20 +39,20 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ideal.batches import IGNORED, Item, batches, length
-from ideal.chat import ChatEncoder
-from ideal.config import InfluenceConfig
-from ideal.config_file import load
-from ideal.curvature.accumulate import Block, sample_labels
-from ideal.curvature.layers import tracked_layers
-from ideal.domains import prepare
-from ideal.examples import ExampleSet
-from ideal.influence import Array, split
+from ideal.config.config import InfluenceConfig
+from ideal.config.file import load
+from ideal.data.batches import IGNORED, Item, batches, length
+from ideal.data.chat import ChatEncoder
+from ideal.data.domains import prepare
+from ideal.data.examples import ExampleSet
+from ideal.influence.accumulate import Block, sample_labels
+from ideal.influence.layers import tracked_layers
+from ideal.influence.products import combined, table_of
+from ideal.influence.sampled import curvature_blocks, tokens_and_weights
+from ideal.influence.table import Array, split
 from ideal.mixture import draw
-from ideal.model import load_model, load_tokenizer, materialise, summed_loss, supervised_logits
-from ideal.products import combined, table_of
-from ideal.sampled import curvature_blocks, tokens_and_weights
-from ideal.training import DAMPING
+from ideal.model.base import load_model, load_tokenizer, materialise, summed_loss, supervised_logits
+from ideal.training.trainer import DAMPING
 from service.stages.influence_actor import InfluenceActor
 from service.store.layout import MODEL, reference_file, train_file
 from tests.service.peak import status

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-from ideal.config_file import load
-from service.cluster import connect
-from service.run import run
+from ideal.config.file import load
+from service.cluster.cluster import connect
+from service.runs.run import run
 from tests.command import processes_of
 from tests.ray_cluster import start_head
 from tests.waiting import until

@@ -20,6 +20,7 @@ from ray.cluster_utils import Cluster
 
 from tests.command import Command, Ended, same
 from tests.end_to_end.tiny_run import make_tree
+from tests.ray_cluster import start_head
 from tests.waiting import HANGS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -124,6 +125,33 @@ def test_a_ray_of_the_runs_own_dies(command: Command, whole: tuple[dict[str, Any
     assert {path: after.get(path) for path in recorded} == recorded, "a recorded stage ran again"
     assert "Traceback" not in command.output.read_text()
     command.leaves_nothing_running()
+    same(command.report(), whole[0])
+
+
+def test_the_gcs_of_a_cluster_dies_that_a_run_has_joined(command: Command, whole: tuple[dict[str, Any], Ended]) -> None:
+    """While SFT works; nothing of the run's own stays. Then it goes on, here with a Ray of its own."""
+    alone = command.environment
+    command.environment = start_head(alone, cpus=2)
+    command.environment["RAY_ADDRESS"] = address = command.environment["IDEAL_TEST_HEAD"]
+    process = command.start()
+    command.wait_for(lambda: at_work(command, "sft"), process)
+    recorded = command.records()
+    next(each for each in command.processes() if each.name() == "gcs_server").kill()
+    assert process.wait(HANGS) == 2, command.output.read_text()
+    said = command.output.read_text()
+    assert said.splitlines()[-1].startswith("error resources.address: the cluster at ")
+    assert f":{address.partition(':')[2]} doesn't answer any more; the same command goes on" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    assert "rpc_client" not in said
+    assert not [each for each in command.processes() if os.getsid(each.pid) == process.pid]
+    for each in command.processes():
+        each.kill()
+    command.leaves_nothing_running()
+    command.environment = alone
+    ended = command()
+    assert ended.status == 0, ended.output
+    after = command.records()
+    assert {path: after.get(path) for path in recorded} == recorded, "a recorded stage ran again"
     same(command.report(), whole[0])
 
 

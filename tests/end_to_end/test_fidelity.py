@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from service.fidelity_report import FORMS, TRIVIAL
+from service.reports.fidelity_report import FORMS, TRIVIAL
 from tests.command import Command, Ended
 from tests.end_to_end.codes import MADE, SFT, file
 from tests.waiting import HANGS

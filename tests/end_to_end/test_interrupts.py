@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from service.interrupts import GOES_ON
+from service.cluster.interrupts import GOES_ON
 from tests.command import Command, same
 from tests.end_to_end.tiny_run import make_tree
 from tests.waiting import HANGS, until

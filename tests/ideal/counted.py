@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import LlamaModel
 
-from ideal.curvature import joint
+from ideal.influence import joint
 
 
 class Counted:

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from transformers import LlamaForCausalLM
 
-from ideal.batches import collate
-from ideal.curvature.accumulate import Block, FactorSums
-from ideal.curvature.exact import Vectors
-from ideal.curvature.layers import input_group
-from ideal.influence import Array, split
-from ideal.model import supervised_logits
+from ideal.data.batches import collate
+from ideal.influence.accumulate import Block, FactorSums
+from ideal.influence.exact import Vectors
+from ideal.influence.layers import input_group
+from ideal.influence.table import Array, split
+from ideal.model.base import supervised_logits
 from tests.ideal.made import MLP, example_set, full_loss
 
 DOMAINS = [example_set(6, 1), example_set(5, 2)]

@@ -9,13 +9,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from ideal.batches import Item
-from ideal.config import InfluenceConfig
-from ideal.curvature.accumulate import BlockGradient, FactorSums, accumulate
-from ideal.examples import ExampleSet
-from ideal.in_process import influence_tables
-from ideal.influence import InfluenceTable, split
-from ideal.sampled import Sampled
+from ideal.config.config import InfluenceConfig
+from ideal.data.batches import Item
+from ideal.data.examples import ExampleSet
+from ideal.influence.accumulate import BlockGradient, FactorSums, accumulate
+from ideal.influence.in_process import influence_tables
+from ideal.influence.sampled import Sampled
+from ideal.influence.table import InfluenceTable, split
 
 VOCABULARY = 12
 MLP = ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"]
@@ -101,7 +101,6 @@ def influence(
     schedule: dict[str, torch.Tensor] | None = None,
     own: dict[str, torch.Tensor] | None = None,
     joint: bool = False,
-    span: str = "mixed",
     batch_tokens: int = 64,
 ) -> InfluenceTable:
     """The whole influence, as the service computes it, in one process.
@@ -118,7 +117,7 @@ def influence(
     settings = InfluenceConfig.model_validate(
         {"solver": solver, "blocks": blocks, "examples": blocks, "precision": "fp32", "products": 400, "residual": 1e-9}
         | {"damping": "schedule" if schedule else damping, "curvature_examples": 10**6, "fisher": fisher}
-        | {"joint": joint, "span": span}
+        | {"joint": joint}
     )
     sample = Sampled(parts, len(domains), settings, schedule or own or {}, 0, batch_tokens, torch.device("cpu"))
     return influence_tables(model, list(layers), sample, [solver])[solver]

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from ideal.config import InfluenceConfig, SftConfig
+from ideal.config.config import InfluenceConfig, SftConfig
 from ideal.costs import TRAINING, of_influence
-from ideal.examples import ExampleSet
-from ideal.in_process import influence_tables
-from ideal.influence import split
+from ideal.data.examples import ExampleSet
+from ideal.influence.in_process import influence_tables
+from ideal.influence.sampled import Sampled
+from ideal.influence.table import split
 from ideal.methods import doge, doremi
 from ideal.methods.proxy import Stepped
-from ideal.model import load_model
-from ideal.sampled import Sampled
-from ideal.training import Trainer, train
+from ideal.model.base import load_model
+from ideal.training.trainer import Trainer, train
 from tests.ideal.counted import counted
 from tests.ideal.made import MLP, example_set, llama
 from tests.tiny import make_model
@@ -36,7 +36,7 @@ SETS = [example_set(n, seed) for seed, n in enumerate((7, 5, 4, 6))]
         {"solver": "kfac", "joint": False, "fisher": "sampled"},
         {"solver": "kfac", "joint": False, "fisher": "empirical"},
         {"solver": "kfac", "joint": True, "curvature_examples": 4},
-        {"solver": "kfac", "joint": True, "span": "solver"},
+        {"solver": "kfac", "joint": True},
         {"solver": "ekfac", "joint": False},
         {"solver": "ekfac", "joint": True, "fisher": "empirical"},
     ],

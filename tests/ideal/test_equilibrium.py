@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from ideal.config import EquilibriumConfig
+from ideal.config.config import EquilibriumConfig
 from ideal.equilibrium import limits, project, token_weights, update, values
 from ideal.errors import BadInput
 
@@ -76,11 +76,14 @@ def test_equal_lengths_give_the_plain_centred_influence(dilution: float) -> None
 
 
 def test_a_common_influence_moves_nothing() -> None:
-    """The value of training longer has no part in it; uncentred, every domain would grow."""
-    found = step(np.full(4, 0.8) + 1e-15 * INFLUENCE, dilution=1)
+    """The value of training longer has no part in it, under a plain mean (c = 1) or where all examples are as long;
+    uncentred, every domain would grow."""
     assert np.abs(values(np.full(4, 0.8), NONE, VOLUMES, LENGTHS, "balanced", 1)).max() < SMALL
-    assert sum(found.volumes) == sum(VOLUMES)
-    np.testing.assert_allclose(step(INFLUENCE + 5, dilution=1).beta, step(dilution=1).beta, atol=SMALL)
+    raised, plain = (values(a, NONE, VOLUMES, LENGTHS, "balanced", 1) for a in (INFLUENCE + 5, INFLUENCE))
+    np.testing.assert_allclose(raised, plain, atol=SMALL)
+    equal = [7.0] * 4
+    assert sum(step(np.full(4, 0.8) + 1e-15 * INFLUENCE, lengths=equal).volumes) == sum(VOLUMES)
+    np.testing.assert_allclose(step(INFLUENCE + 5, lengths=equal).beta, step(lengths=equal).beta, atol=SMALL)
 
 
 def test_where_tokens_are_not_divided_by_their_number_long_examples_are_worth_more() -> None:

@@ -15,13 +15,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ideal.chat import ChatEncoder, Unusable
-from ideal.config import Config
-from ideal.config_file import load, parse
-from ideal.config_inputs import Source
+from ideal.config.config import Config
+from ideal.config.file import load, parse
+from ideal.config.inputs import Source
+from ideal.data.chat import ChatEncoder, Unusable
+from ideal.data.sources import messages, rows
 from ideal.errors import BadInput
-from ideal.model import load_tokenizer
-from ideal.sources import messages, rows
+from ideal.model.base import load_tokenizer
 from tests.tiny import make_model
 
 VALID = yaml.safe_load((Path(__file__).parents[2] / "jobs" / "configs" / "quickstart.yaml").read_text())

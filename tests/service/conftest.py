@@ -13,13 +13,13 @@ import pytest
 import ray
 import yaml
 
-from ideal.chat import Example
-from ideal.config import Config
-from ideal.config_file import parse
+from ideal.config.config import Config
+from ideal.config.file import parse
+from ideal.data.chat import Example
+from ideal.data.examples import ExampleSet
 from ideal.equilibrium import Update
-from ideal.examples import ExampleSet
-from ideal.influence import InfluenceTable
-from service import environment
+from ideal.influence.table import InfluenceTable
+from service.cluster import environment
 from service.outcome import Iteration, Outcome
 from service.store.layout import MODEL, reference_file, train_file
 from service.store.stage import Record

@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from ideal.config import Config
-from ideal.curvature.layers import layer_shapes
-from ideal.examples import ExampleSet
-from ideal.sharded import ShardedTrainer
-from ideal.training import Step, Trainer, plan
+from ideal.config.config import Config
+from ideal.data.examples import ExampleSet
+from ideal.influence.layers import layer_shapes
+from ideal.training.sharded import ShardedTrainer
+from ideal.training.trainer import Step, Trainer, plan
 from service.stages.influence_actor import InfluenceActor
 from service.stages.sample import Sample
 from service.store.layout import MODEL, train_file

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ideal.config import Config
-from ideal.config_file import load
+from ideal.config.config import Config
+from ideal.config.file import load
 from service.cli import guarded
 from service.errors import StageFailed
 from tests.service.conftest import tree
@@ -235,6 +235,21 @@ def test_a_dry_run_counts_what_benchmarks_ask_too(ideal: Console) -> None:
     assert "0 rows rejected, " in out
 
 
+def test_a_config_that_is_shown_can_be_read_again(ideal: Console) -> None:
+    ideal.tree["domains"][0]["train"] = {"files": ["train.jsonl"]}
+    path, printed = ideal.folder / "config.yaml", ideal.folder / "store" / "printed.yaml"
+    path.write_text(yaml.safe_dump(ideal.tree))
+    assert guarded(["config", str(path), "--set", "seed=7"]) == 0
+    printed.parent.mkdir()
+    printed.write_text(ideal.capsys.readouterr().out)
+    assert load(printed) == load(path, ["seed=7"])
+
+
+def test_no_config_to_show_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert guarded(["config"]) == 2
+    assert "no file is named" in capsys.readouterr().err
+
+
 def test_the_template_names_fields_that_exist() -> None:
     """Its files are the user's, its fields are ours."""
     assert load(CONFIGS / "your-data.yaml").name == "my-mixture"
@@ -250,7 +265,7 @@ def test_doctor_says_what_this_machine_has(capsys: pytest.CaptureFixture[str]) -
 def test_doctor_fails_where_a_package_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.doctor.PACKAGES", ("no-such-package",))
+    monkeypatch.setattr("service.runs.doctor.PACKAGES", ("no-such-package",))
     assert guarded(["doctor"]) == 1
     assert "no-such-package is not installed" in capsys.readouterr().out
 
@@ -288,7 +303,7 @@ def test_failures_have_a_status_of_their_own(
     def fails(config: Config, console: object) -> None:
         raise failure
 
-    monkeypatch.setattr("service.run.run", fails)
+    monkeypatch.setattr("service.runs.run.run", fails)
     found, _, errors = ideal()
     assert found == status
     assert word in errors

@@ -19,13 +19,13 @@ from rich.console import Console
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
 from trl.scripts.utils import DatasetMixtureConfig, get_dataset
 
-from ideal.chat import ChatEncoder
-from ideal.config import Config
-from ideal.config_file import load
+from ideal.config.config import Config
+from ideal.config.file import load
+from ideal.data.chat import ChatEncoder
 from ideal.errors import BadInput
 from ideal.mixture import draw
-from ideal.model import load_tokenizer
-from ideal.training import plan
+from ideal.model.base import load_tokenizer
+from ideal.training.trainer import plan
 from service.export import base_of, domains, export, trainers
 from service.outcome import Outcome
 from service.store.layout import MODEL

@@ -12,7 +12,7 @@ import reasoning_gym
 from ideal.benchmarks import procedural, sandbox
 from ideal.benchmarks.scorers import Scorer, compares_text
 from ideal.benchmarks.tasks import check
-from ideal.config_inputs import BenchmarkConfig
+from ideal.config.inputs import BenchmarkConfig
 from ideal.errors import BadInput
 
 NEEDS_MORE = {"composite"}

@@ -17,7 +17,7 @@ from lm_eval.api.model import LM
 
 from ideal.benchmarks import code_eval, sandbox, task_code, tasks
 from ideal.benchmarks.evaluation import Score, by_item, evaluate
-from ideal.config_inputs import BenchmarkConfig
+from ideal.config.inputs import BenchmarkConfig
 from ideal.errors import BadInput
 
 

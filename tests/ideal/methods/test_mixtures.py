@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ideal.config import Config
-from ideal.config_file import parse
+from ideal.config.config import Config
+from ideal.config.file import parse
 from ideal.errors import BadInput
 from ideal.methods import METHODS, merge, regmix
 from ideal.methods.problem import Problem, fill

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from ideal.batches import Item, collate
-from ideal.config import SftConfig
-from ideal.examples import ExampleSet
+from ideal.config.config import SftConfig
+from ideal.data.batches import Item, collate
+from ideal.data.examples import ExampleSet
 from ideal.methods import doge, doremi
 from ideal.methods.proxy import moved, per_token, steps, tokens
-from ideal.model import load_model, supervised_logits, token_losses
-from ideal.training import Step, Trainer
+from ideal.model.base import load_model, supervised_logits, token_losses
+from ideal.training.trainer import Step, Trainer
 from tests.ideal.made import example_set
 from tests.tiny import make_model
 

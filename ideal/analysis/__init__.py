@@ -1,0 +1,1 @@
+"""How sure is it: intervals, what hangs on the reference sets, and what influence is worth."""

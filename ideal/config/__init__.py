@@ -1,0 +1,1 @@
+"""What a user decides, read from a file and checked."""

@@ -1,0 +1,1 @@
+"""From rows to tokenised examples and micro-batches."""

@@ -1,0 +1,1 @@
+"""From a model to the table of influences: gradients, curvature, solvers, products."""

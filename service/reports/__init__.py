@@ -1,0 +1,1 @@
+"""Outcomes as tables, pages, pictures, JSON and MLflow runs."""
