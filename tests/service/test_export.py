@@ -64,7 +64,7 @@ def run(tmp_path: Path, outcome: Outcome, monkeypatch: pytest.MonkeyPatch) -> tu
     config = load(path)
     final = outcome.equilibrium
     make_model(final.sft.folder / MODEL)
-    (final.sft.folder / RECORD).write_text(json.dumps({"inputs": {"model": "abc"}}))
+    (final.sft.folder / RECORD).write_text(json.dumps({"fields": {"base": "abc"}}))
     final.volumes = dict(VOLUMES)
     for found in outcome.data.result.values():
         found["pool"] = POOL

@@ -265,16 +265,15 @@ def test_an_answer_that_stands_in_its_own_header_is_trained_to_its_end(tokenizer
     assert trained(tokenizer, found) == "<|lead|>final<|lead|>final<|im_end|>"
 
 
-def test_a_blank_that_a_tokenizer_begins_with_is_put_before_no_answer(
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    """SentencePiece's do: where the model goes on behind its prompt, there is none."""
-    backend = tokenizer.backend_tokenizer
-    backend.normalizer = normalizers.Prepend("_")
-    lines = "{% for m in messages %}{{ m.role + ':' + m.content + '<|im_end|>' }}{% endfor %}"
-    tokenizer.chat_template = lines + "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-    (found,) = ChatEncoder(tokenizer, 512).encode([TALK[1], TALK[2]])
-    assert trained(tokenizer, found) == "46.\n<|im_end|>"
+@pytest.mark.parametrize("colon", [":", ": "], ids=["apart", "merged over"])
+def test_what_a_tokenizer_begins_a_text_with_begins_no_answer(tokenizer: PreTrainedTokenizerFast, colon: str) -> None:
+    """SentencePiece puts a blank there: where the model goes on behind its prompt, there is none."""
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")
+    lines = "{% for m in messages %}{{ m.role + COLON + m.content + '<|im_end|>' }}{% endfor %}"
+    template = lines + "{% if add_generation_prompt %}{{ 'assistant' + COLON }}{% endif %}"
+    tokenizer.chat_template = template.replace("COLON", repr(colon))
+    (found,) = ChatEncoder(tokenizer, 512).encode([TALK[1], {"role": "assistant", "content": "the dog"}])
+    assert trained(tokenizer, found) == "the dog<|im_end|>"
     asked = tokenizer.apply_chat_template([TALK[1]], add_generation_prompt=True, return_dict=False)
     assert found.ids[: len(asked)] == asked
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ideal.benchmarks.evaluation import evaluate
 from ideal.config.config import LoraConfig
@@ -105,7 +105,32 @@ def test_adapters_are_taken_up_and_exchanged(exchanged: dict[str, tuple[float, f
 
 
 @pytest.fixture(scope="module")
-def model(fresh: object, exchanged: object, folders: dict[str, Path]) -> Iterator[VllmModel]:
+def stopped(
+    fresh: object, exchanged: object, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """What a model answers whose generation config has every token for an end."""
+    folder = Path(shutil.copytree(folders["second"], tmp_path_factory.mktemp("stopped") / "model"))
+    settings = GenerationConfig.from_pretrained(folder)
+    settings.eos_token_id = list(range(len(load_tokenizer(folder))))
+    settings.save_pretrained(folder)
+    model = start(folder)
+    said = generate(model)
+    model.llm.llm_engine.engine_core.shutdown()
+    del model
+    gc.collect()
+    return "".join(said)
+
+
+def test_an_answer_ends_at_any_end_token_of_the_generation_config(
+    fresh: tuple[list[str], object], stopped: str
+) -> None:
+    """The one that SFT trains is among them, whatever the tokenizer's own is."""
+    assert stopped == ""
+    assert "".join(fresh[0])
+
+
+@pytest.fixture(scope="module")
+def model(fresh: object, exchanged: object, stopped: object, folders: dict[str, Path]) -> Iterator[VllmModel]:
     model = start(folders["first"])
     yield model
     model.llm.llm_engine.engine_core.shutdown()
