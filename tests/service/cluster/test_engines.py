@@ -14,7 +14,7 @@ from ideal.config.inputs import BenchmarkConfig
 from service.cluster.cluster import Cluster
 from service.cluster.engines import Benchmarks, engines_needed, fits_all, longest_first
 from service.cluster.engines import engines as engines_of
-from tests.waiting import HANGS
+from tests.waiting import HANGS, until
 
 SIZES = {"a": 6, "b": 3, "c": 2}
 
@@ -82,8 +82,16 @@ def test_an_engine_that_broke_is_not_asked_again(
         assert run.score(benchmark, checkpoint=base, seed=0, progress=progress) == {"value": 0.5}  # type: ignore[arg-type]
     assert len(made) == (1 if shared else 2)
     run.release()
-    with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(made[-1].node.remote())
+    until(lambda: is_gone(made[-1]))
+
+
+def is_gone(actor: Any) -> bool:
+    """Ray ends an actor after it was told to, and until then the actor answers."""
+    try:
+        ray.get(actor.node.remote())
+    except ray.exceptions.RayActorError:
+        return True
+    return False
 
 
 @pytest.mark.usefixtures("ray_session")
